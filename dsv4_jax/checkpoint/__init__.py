@@ -1,0 +1,1 @@
+"""Checkpoints in the official format: names, loading, and writing made-up ones."""

@@ -1,0 +1,109 @@
+"""The whole of DeepSeek-V4: embed, blocks, head."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Float32, Int32
+
+from dsv4_jax.cache import Cache, LayerCache
+from dsv4_jax.config import Config
+from dsv4_jax.nn.block import Block
+from dsv4_jax.nn.hyper_connection import HyperHead
+from dsv4_jax.nn.linear import PlainLinear
+from dsv4_jax.nn.norm import RMSNorm
+from dsv4_jax.nn.parameter import parameter
+from dsv4_jax.numerics import Numerics
+from dsv4_jax.sharding import constrain
+
+Params = dict[Any, Any]  # nested, keyed by attribute and layer; leaves are arrays and QuantArrays
+
+
+class Embedding(nnx.Module):
+    """Token ids to vectors."""
+
+    def __init__(self, config: Config, numerics: Numerics):
+        self.weight = parameter((config.vocab_size, config.hidden_size), jnp.bfloat16, "vocab", "hidden")
+        self.dtype = numerics.dtype
+
+    def __call__(self, ids: Int32[Array, "*tokens"]) -> Float[Array, "*tokens M"]:
+        return self.weight.get_value()[ids].astype(self.dtype)
+
+
+class Transformer(nnx.Module):
+    """The main model. Its constructor declares parameters without numbers; `bind` puts them in."""
+
+    def __init__(self, config: Config, numerics: Numerics):
+        self.embed = Embedding(config, numerics)
+        self.layers = nnx.List(
+            [
+                Block(config, numerics, ratio, hashed=layer < config.num_hash_layers)
+                for layer, ratio in enumerate(config.main_ratios)
+            ]
+        )
+        self.hc_head = HyperHead(config)
+        self.norm = RMSNorm(config.hidden_size, "hidden", config.rms_norm_eps)
+        # The head runs in float32: ties between tokens are decided here.
+        self.head = PlainLinear(config.vocab_size, config.hidden_size, ("vocab", "hidden"), jnp.float32)
+        self.hc_mult = config.hc_mult
+
+    def __call__(
+        self,
+        ids: Int32[Array, "B T"],
+        position: Int32[Array, " B"],
+        length: Int32[Array, " B"],
+        cache: Cache,
+    ) -> tuple[Float[Array, "B T X M"], Cache]:
+        """Runs new tokens through all layers; prefill, chunks and decode steps are this one call.
+
+        Args:
+          ids: the new tokens, padded at the end.
+          position: where in its sequence each row's first new token stands; 0 starts a new sequence.
+          length: how many of each row's tokens count. Padding leaves no trace in the cache.
+          cache: of the `position` tokens before.
+
+        Returns:
+          The residual streams after the last layer (of padding: meaningless), and the new cache.
+        """
+        x = self.embed(ids)
+        streams = jnp.broadcast_to(x[:, :, None], (*ids.shape, self.hc_mult, x.shape[-1]))
+        streams = constrain(streams, "batch", "tokens", "streams", "hidden")
+        new_cache = []
+        for block, layer_cache in zip(self.layers, cache, strict=True):
+            streams, layer_cache = run_block(block, streams, ids, position, length, layer_cache)
+            new_cache.append(layer_cache)
+        return streams, tuple(new_cache)
+
+    def logits(self, streams: Float[Array, "*tokens X M"]) -> Float32[Array, "*tokens V"]:
+        """Next-token logits from the streams of `__call__`."""
+        return self.head(self.norm(self.hc_head(streams)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run_block(graphdef, params, streams, ids, position, length, cache):
+    return nnx.merge(graphdef, params)(streams, ids, position, length, cache)
+
+
+def run_block(
+    block: Block, streams, ids, position, length, cache: LayerCache
+) -> tuple[Float[Array, "B T X M"], LayerCache]:
+    """`block(...)`, traced once for all layers of one kind: their graphs are equal."""
+    return _run_block(*nnx.split(block), streams, ids, position, length, cache)
+
+
+@functools.cache
+def declare(config: Config, numerics: Numerics) -> Transformer:
+    """The model with shapes in place of numbers."""
+    return Transformer(config, numerics)
+
+
+@functools.cache
+def _graphdef(config: Config, numerics: Numerics):
+    return nnx.split(declare(config, numerics))[0]
+
+
+def bind(config: Config, numerics: Numerics, params: Params) -> Transformer:
+    """The model with `params` in it; to be called where they are traced, inside `jax.jit`."""
+    return nnx.merge(_graphdef(config, numerics), params)

@@ -1,0 +1,42 @@
+"""One layer: attention and experts, each between the residual streams and back."""
+
+from flax import nnx
+from jaxtyping import Array, Float, Int32
+
+from dsv4_jax.cache import LayerCache
+from dsv4_jax.config import Config
+from dsv4_jax.nn.attention import Attention
+from dsv4_jax.nn.hyper_connection import HyperConnection
+from dsv4_jax.nn.moe import MoE
+from dsv4_jax.nn.norm import RMSNorm
+from dsv4_jax.numerics import Numerics
+from dsv4_jax.sharding import constrain
+from pallas_kernels import hc_post
+
+
+class Block(nnx.Module):
+    """A layer of the main model, or of the MTP head; `ratio` and `hashed` make its kind."""
+
+    def __init__(self, config: Config, numerics: Numerics, ratio: int, *, hashed: bool):
+        self.hc_attn = HyperConnection(config)
+        self.attn_norm = RMSNorm(config.hidden_size, "hidden", config.rms_norm_eps)
+        self.attn = Attention(config, numerics, ratio)
+        self.hc_ffn = HyperConnection(config)
+        self.ffn_norm = RMSNorm(config.hidden_size, "hidden", config.rms_norm_eps)
+        self.ffn = MoE(config, numerics, hashed=hashed)
+
+    def __call__(
+        self,
+        streams: Float[Array, "B T X M"],
+        ids: Int32[Array, "B T"],
+        position: Int32[Array, " B"],
+        length: Int32[Array, " B"],
+        cache: LayerCache,
+    ) -> tuple[Float[Array, "B T X M"], LayerCache]:
+        """The streams after this layer, and its cache with the new tokens in it."""
+        x, post, comb = self.hc_attn(streams)
+        y, cache = self.attn(self.attn_norm(x), position, length, cache)
+        streams = hc_post(y, streams, post, comb)
+        x, post, comb = self.hc_ffn(streams)
+        y = self.ffn(self.ffn_norm(x), ids)
+        return constrain(hc_post(y, streams, post, comb), "batch", "tokens", "streams", "hidden"), cache

@@ -1,0 +1,45 @@
+"""Linear layers without bias: y = x @ weight.T."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from dsv4_jax.config import Config
+from dsv4_jax.nn.parameter import parameter, quantized_parameter, scale_dtype
+from dsv4_jax.numerics import Numerics
+from pallas_kernels import QuantArray, block_diagonal_matmul, block_matmul
+
+
+class Linear(nnx.Module):
+    """FP8 in 128x128 blocks; a checkpoint may store any one of them as bfloat16 instead."""
+
+    def __init__(
+        self, out_features: int, in_features: int, axes: tuple[str, str], config: Config, numerics: Numerics
+    ):
+        shape = (out_features, in_features)
+        self.weight = quantized_parameter(shape, "fp8_block128", scale_dtype(config), *axes)
+        self.numerics = numerics
+
+    def __call__(self, x: Float[Array, "*tokens in"]) -> Float[Array, "*tokens out"]:
+        weight = self.weight.get_value()
+        # An unquantised weight was left so because its product is sensitive: its input stays too.
+        x = self.numerics.quantize_activation(x) if isinstance(weight, QuantArray) else x
+        return block_matmul(x, weight, out_dtype=self.numerics.dtype)
+
+
+class BlockDiagonalLinear(Linear):
+    """`wo_a`: each group of heads has its own rows; the released model gives it unquantised activations."""
+
+    def __call__(self, x: Float[Array, "*tokens groups in"]) -> Float[Array, "*tokens groups out"]:
+        return block_diagonal_matmul(x, self.weight.get_value(), out_dtype=self.numerics.dtype)
+
+
+class PlainLinear(nnx.Module):
+    """A small linear that every checkpoint stores as bfloat16; `out_dtype` is float32 where rounding hurts."""
+
+    def __init__(self, out_features: int, in_features: int, axes: tuple[str | None, str], out_dtype):
+        self.weight = parameter((out_features, in_features), jnp.bfloat16, *axes)
+        self.out_dtype = jnp.dtype(out_dtype)
+
+    def __call__(self, x: Float[Array, "*tokens in"]) -> Float[Array, "*tokens out"]:
+        return block_matmul(x, self.weight.get_value(), out_dtype=self.out_dtype)

@@ -1,0 +1,118 @@
+"""Mixture of experts: routed by token id in the first layers, by score in the others, plus a shared expert."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Float32, Int32
+
+from dsv4_jax.config import Config
+from dsv4_jax.nn.linear import Linear
+from dsv4_jax.nn.parameter import parameter, quantized_parameter, scale_dtype
+from dsv4_jax.numerics import Numerics
+from dsv4_jax.sharding import constrain
+from pallas_kernels import (
+    QuantArray,
+    block_matmul,
+    choose_experts,
+    gate_scores,
+    grouped_matmul,
+    routing_weights,
+    sort_by_expert,
+    swiglu,
+)
+
+EXPERT_FORMATS = {"fp4": "fp4_group32", "fp8": "fp8_block128"}
+
+
+class Gate(nnx.Module):
+    """The router. `hashed` layers look experts up by token id and only weigh them by score."""
+
+    def __init__(self, config: Config, *, hashed: bool):
+        experts, top_k = config.n_routed_experts, config.num_experts_per_tok
+        self.weight = parameter((experts, config.hidden_size), jnp.bfloat16, None, "hidden")
+        if hashed:
+            self.tid2eid = parameter((config.vocab_size, top_k), jnp.int32, None, None)
+        else:
+            self.bias = parameter((experts,), jnp.float32, None)
+        self.config, self.hashed = config, hashed
+
+    def __call__(
+        self, x: Float[Array, "N M"], ids: Int32[Array, " N"]
+    ) -> tuple[Int32[Array, "N A"], Float32[Array, "N A"]]:
+        """The experts of each token and their weights, which sum to `routed_scaling_factor`."""
+        scores = gate_scores(block_matmul(x, self.weight.get_value(), out_dtype=jnp.float32))
+        if self.hashed:
+            experts = self.tid2eid.get_value()[ids]
+        else:
+            experts = choose_experts(scores, self.bias.get_value(), self.config.num_experts_per_tok)
+        return experts, routing_weights(scores, experts, self.config.routed_scaling_factor)
+
+
+class Experts(nnx.Module):
+    """The routed experts, each parameter one stack."""
+
+    def __init__(self, config: Config, numerics: Numerics):
+        experts, hidden, inner = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+
+        def stack(rows: int, columns: int, *axes: str) -> nnx.Param:
+            shape, axes = (experts, rows, columns), ("experts", *axes)
+            if config.expert_dtype == "bf16":
+                return parameter(shape, jnp.bfloat16, *axes)
+            return quantized_parameter(shape, EXPERT_FORMATS[config.expert_dtype], scale_dtype(config), *axes)
+
+        self.w1 = stack(inner, hidden, "expert_hidden", "hidden")  # gate
+        self.w2 = stack(hidden, inner, "hidden", "expert_hidden")  # down
+        self.w3 = stack(inner, hidden, "expert_hidden", "hidden")  # up
+        self.config, self.numerics = config, numerics
+
+    def __call__(
+        self, x: Float[Array, "N M"], experts: Int32[Array, "N A"], weights: Float32[Array, "N A"]
+    ) -> Float32[Array, "N M"]:
+        """The weighted sum of the outputs of each token's experts."""
+        tokens, chosen = experts.shape
+        order, group_sizes = sort_by_expert(experts, self.config.n_routed_experts)
+        rows = x[order // chosen]
+        gate = self._product(rows, self.w1, group_sizes)
+        up = self._product(rows, self.w3, group_sizes)
+        sorted_weights = weights.reshape(-1)[order]
+        limit, dtype = self.config.swiglu_limit, self.numerics.dtype
+        inner = swiglu(gate, up, sorted_weights, limit=limit, out_dtype=dtype)
+        out = self._product(inner, self.w2, group_sizes)
+        # Back to (token, choice) order before the sum: a token's terms add up in one fixed order.
+        back = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype))
+        return out[back].reshape(tokens, chosen, -1).astype(jnp.float32).sum(1)
+
+    def _product(self, rows: Float[Array, "rows K"], stack: nnx.Param, group_sizes: Int32[Array, " E"]):
+        weight = stack.get_value()
+        rows = self.numerics.quantize_activation(rows) if isinstance(weight, QuantArray) else rows
+        return grouped_matmul(rows, weight, group_sizes, out_dtype=self.numerics.dtype)
+
+
+class SharedExpert(nnx.Module):
+    """The expert every token goes to; its activation is clamped too."""
+
+    def __init__(self, config: Config, numerics: Numerics):
+        hidden, inner = config.hidden_size, config.moe_intermediate_size * config.n_shared_experts
+        self.w1 = Linear(inner, hidden, ("expert_hidden", "hidden"), config, numerics)
+        self.w2 = Linear(hidden, inner, ("hidden", "expert_hidden"), config, numerics)
+        self.w3 = Linear(inner, hidden, ("expert_hidden", "hidden"), config, numerics)
+        self.config, self.numerics = config, numerics
+
+    def __call__(self, x: Float[Array, "N M"]) -> Float[Array, "N M"]:
+        limit, dtype = self.config.swiglu_limit, self.numerics.dtype
+        return self.w2(swiglu(self.w1(x), self.w3(x), limit=limit, out_dtype=dtype))
+
+
+class MoE(nnx.Module):
+    """Router, routed experts, shared expert: `ffn` of a block."""
+
+    def __init__(self, config: Config, numerics: Numerics, *, hashed: bool):
+        self.gate = Gate(config, hashed=hashed)
+        self.experts = Experts(config, numerics)
+        self.shared_experts = SharedExpert(config, numerics)
+
+    def __call__(self, x: Float[Array, "B T M"], ids: Int32[Array, "B T"]) -> Float[Array, "B T M"]:
+        flat = x.reshape(-1, x.shape[-1])
+        experts, weights = self.gate(flat, ids.reshape(-1))
+        routed = self.experts(flat, experts, weights)
+        out = (routed + self.shared_experts(flat).astype(jnp.float32)).astype(x.dtype)
+        return constrain(out.reshape(x.shape), "batch", "tokens", "hidden")

@@ -1,0 +1,176 @@
+"""How the next token is chosen: temperature, min-p, top-k, top-p, then one draw per row.
+
+A row's draw follows from its own seed and step alone, so a request gives the same text whatever else
+shares its batch.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from numbers import Integral, Real
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float32, Int32, UInt32
+
+from dsv4_jax.errors import RequestError
+
+# Below the smallest normal float32 a division may flush to zero, so such a temperature counts as 0.
+LOWEST_TEMPERATURE = float(np.finfo(np.float32).tiny)
+HIGHEST_TEMPERATURE = float(np.finfo(np.float32).max)
+
+# Field -> the type it must have, the range it must lie in, and both in words.
+_RANGES: dict[str, tuple[type, Callable[[Any], bool], str]] = {
+    "max_tokens": (Integral, lambda value: value >= 1, "an integer >= 1"),
+    "temperature": (Real, lambda value: 0 <= value <= HIGHEST_TEMPERATURE, "a finite number >= 0"),
+    "top_k": (Integral, lambda value: 0 <= value < 2**31, "an integer >= 0 (0 turns it off)"),
+    "top_p": (Real, lambda value: 0 < value <= 1, "in (0, 1]"),
+    "min_p": (Real, lambda value: 0 <= value <= 1, "in [0, 1]"),
+    "seed": (Integral, lambda value: 0 <= value < 2**32, "an integer in [0, 2**32)"),
+    "ignore_eos": (bool, lambda _: True, "True or False"),
+    "logprobs": (bool, lambda _: True, "True or False"),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """What one request asks of the sampler; the defaults sample from the model's own distribution.
+
+    Raises:
+      RequestError: a value has the wrong type or lies outside its range.
+    """
+
+    max_tokens: int = 256  # tokens to generate at most
+    temperature: float = 1.0  # divides the logits; 0 is greedy
+    top_k: int = 0  # keep the k most likely tokens; 0 is off
+    top_p: float = 1.0  # keep the fewest tokens that together reach this probability; 1 is off
+    min_p: float = 0.0  # keep tokens at least this fraction as likely as the best one; 0 is off
+    seed: int = 0
+    ignore_eos: bool = False  # go on to max_tokens past an end-of-sentence token
+    logprobs: bool = False  # list the log-probability of each generated token in the output
+
+    def __post_init__(self):
+        for name, (kind, holds, wanted) in _RANGES.items():
+            value = getattr(self, name)
+            # bool is a subclass of int, but max_tokens=True is a mistake.
+            right_kind = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
+            if not right_kind or not holds(value):
+                raise RequestError(f"{name} must be {wanted}, got {value!r}.")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SamplingArrays:
+    """The parameters that `sample` reads, one value per row of a batch."""
+
+    temperature: Float32[Array, "B"]
+    top_k: Int32[Array, "B"]
+    top_p: Float32[Array, "B"]
+    min_p: Float32[Array, "B"]
+    seed: UInt32[Array, "B"]
+
+    @classmethod
+    def stack(cls, params: Sequence[SamplingParams]) -> Self:
+        """One row per request, in order."""
+
+        def column(name: str, dtype: type) -> Array:
+            return jnp.asarray(np.array([getattr(each, name) for each in params], dtype))
+
+        return cls(
+            temperature=column("temperature", np.float32),
+            top_k=column("top_k", np.int32),
+            top_p=column("top_p", np.float32),
+            min_p=column("min_p", np.float32),
+            seed=column("seed", np.uint32),
+        )
+
+
+def sample(
+    logits: Float32[Array, "B V"], sampling: SamplingArrays, step: Int32[Array, "B"]
+) -> tuple[Int32[Array, "B"], Float32[Array, "B"]]:
+    """Chooses one token per row.
+
+    Rows at temperature 0 take the most likely token, the smaller id of a tie. The others draw from
+    `truncated_logits`. Pure and jittable; a batch that is all greedy draws nothing, and one that asks for
+    no truncation sorts nothing.
+
+    Args:
+      logits: as the model gives them. A row with a NaN gives some token and a NaN; no error is raised.
+      sampling: the rows' parameters.
+      step: how many tokens each row has generated so far. With the row's seed it fixes the draw.
+
+    Returns:
+      tokens, and their log-probabilities in nats under the untempered, untruncated model.
+    """
+    tokens = jax.lax.cond(
+        jnp.all(_is_greedy(sampling)),
+        lambda: _most_likely(logits),
+        lambda: _draw(truncated_logits(logits, sampling), sampling.seed, step),
+    )
+    logprobs = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, None], axis=-1)[:, 0]
+    return tokens, logprobs
+
+
+def truncated_logits(logits: Float32[Array, "B V"], sampling: SamplingArrays) -> Float32[Array, "B V"]:
+    """Logits of the distribution each row draws from; -inf where a token cannot be drawn.
+
+    In this order: divide by the temperature; min-p, against the most likely token; top-k; top-p, on what
+    those two kept, renormalised. Where equal tokens straddle a cut the smaller ids stay, and the most
+    likely token always stays. A row at temperature 0 keeps that one alone.
+    """
+    greedy = _is_greedy(sampling)
+    # Against the best logit, so that a small temperature reaches -inf at worst, never inf - inf.
+    below_best = logits - jnp.max(logits, axis=-1, keepdims=True)
+    tempered = below_best / jnp.where(greedy, 1.0, sampling.temperature)[:, None]
+    truncates = (sampling.top_k > 0) | (sampling.top_p < 1) | (sampling.min_p > 0)
+    truncated = jax.lax.cond(
+        jnp.any(truncates & ~greedy),
+        lambda: jnp.where(_kept(tempered, sampling), tempered, -jnp.inf),
+        lambda: tempered,
+    )
+    is_best = jnp.arange(logits.shape[-1]) == _most_likely(logits)[:, None]
+    return jnp.where(greedy[:, None], jnp.where(is_best, 0.0, -jnp.inf), truncated)
+
+
+def _is_greedy(sampling: SamplingArrays) -> Bool[Array, "B"]:
+    return sampling.temperature < LOWEST_TEMPERATURE
+
+
+def _most_likely(logits: Float32[Array, "B V"]) -> Int32[Array, "B"]:
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)  # the first, hence the smaller id, of equals
+
+
+def _kept(logits: Float32[Array, "B V"], sampling: SamplingArrays) -> Bool[Array, "B V"]:
+    """Which tokens min-p, top-k and top-p leave. Expects the best logit of each row to be 0."""
+    V = logits.shape[-1]
+    ids_BV = jnp.broadcast_to(jnp.arange(V, dtype=jnp.int32), logits.shape)
+    negated_BV, order_BV = jax.lax.sort((-logits, ids_BV), num_keys=1, is_stable=True)
+    sorted_BV = -negated_BV
+
+    top_k = jnp.where(sampling.top_k > 0, sampling.top_k, V)
+    keep_BV = (ids_BV < top_k[:, None]) & (sorted_BV >= jnp.log(sampling.min_p)[:, None])
+    p_BV = jax.nn.softmax(jnp.where(keep_BV, sorted_BV, -jnp.inf))
+    mass_before_BV = jnp.cumsum(p_BV, axis=-1) - p_BV
+    # At 1 it is off by its own test: rounding in the sum must not cost such a row its tail.
+    keep_BV &= (mass_before_BV < sampling.top_p[:, None]) | (sampling.top_p >= 1)[:, None]
+
+    # All three keep a prefix of the sorted row, so its last token is the whole answer: no scatter.
+    last = jnp.maximum(jnp.sum(keep_BV, axis=-1, keepdims=True), 1) - 1
+    cut = jnp.take_along_axis(sorted_BV, last, axis=-1)
+    cut_id = jnp.take_along_axis(order_BV, last, axis=-1)
+    return (logits > cut) | ((logits == cut) & (ids_BV <= cut_id))
+
+
+def _draw(
+    logits: Float32[Array, "B V"], seed: UInt32[Array, "B"], step: Int32[Array, "B"]
+) -> Int32[Array, "B"]:
+    """Gumbel-max: the argmax of logits plus Gumbel noise is a draw from their softmax."""
+
+    def noise(seed, step) -> Float32[Array, "V"]:
+        # Named, because JAX's other generators give a row other bits when its batch changes.
+        key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step)
+        # "high": the default's 23 bits are too few to rank the likely winners among 129280 tokens.
+        return jax.random.gumbel(key, logits.shape[-1:], jnp.float32, mode="high")
+
+    return _most_likely(logits + jax.vmap(noise)(seed, step))

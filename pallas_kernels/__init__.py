@@ -1,0 +1,44 @@
+"""Kernels of DeepSeek-V4: arrays in, arrays out; they know no model, no config and no mesh.
+
+Every op is a public function here, a definition in plain jnp (`reference.py` of its folder) and, where one
+is faster, kernels that are held against it.
+"""
+
+from pallas_kernels.activation_quant import activation_quant
+from pallas_kernels.block_matmul import block_diagonal_matmul, block_matmul
+from pallas_kernels.compressor import compress
+from pallas_kernels.formats import FORMATS, QuantArray, dequantize, fake_quantize, quantize
+from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.hyper_connection import hc_head, hc_post, hc_pre
+from pallas_kernels.indexer import hadamard, index_scores, index_select
+from pallas_kernels.routing import choose_experts, gate_scores, routing_weights, sort_by_expert
+from pallas_kernels.sparse_attention import sparse_attention
+from pallas_kernels.swiglu import swiglu
+from pallas_kernels.target import Target, current_target
+
+__all__ = [
+    "FORMATS",
+    "QuantArray",
+    "Target",
+    "activation_quant",
+    "block_diagonal_matmul",
+    "block_matmul",
+    "choose_experts",
+    "compress",
+    "current_target",
+    "dequantize",
+    "fake_quantize",
+    "gate_scores",
+    "grouped_matmul",
+    "hadamard",
+    "hc_head",
+    "hc_post",
+    "hc_pre",
+    "index_scores",
+    "index_select",
+    "quantize",
+    "routing_weights",
+    "sort_by_expert",
+    "sparse_attention",
+    "swiglu",
+]

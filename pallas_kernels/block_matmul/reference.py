@@ -1,0 +1,40 @@
+"""The definition of `block_matmul` and `block_diagonal_matmul`."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.formats import QuantArray, dequantize
+
+
+def product_operands(
+    x: jax.Array | QuantArray, weight: jax.Array | QuantArray
+) -> tuple[jax.Array, jax.Array]:
+    """Both operands as plain arrays of the narrowest one dtype that loses nothing of either."""
+    dtype = jnp.promote_types(_exact_dtype(x), _exact_dtype(weight))
+    return _numbers(x, dtype), _numbers(weight, dtype)
+
+
+def _exact_dtype(array: jax.Array | QuantArray) -> jnp.dtype:
+    return array.exact_dtype if isinstance(array, QuantArray) else array.dtype
+
+
+def _numbers(array: jax.Array | QuantArray, dtype: jnp.dtype) -> jax.Array:
+    return dequantize(array, dtype) if isinstance(array, QuantArray) else array.astype(dtype)
+
+
+def block_matmul(x: jax.Array | QuantArray, weight: jax.Array | QuantArray, out_dtype) -> jax.Array:
+    x_TK, weight_NK = product_operands(x, weight)
+    out_TN = jnp.einsum(
+        "...k,nk->...n", x_TK, weight_NK, precision="highest", preferred_element_type=jnp.float32
+    )
+    return out_TN.astype(out_dtype)
+
+
+def block_diagonal_matmul(x: jax.Array, weight: jax.Array | QuantArray, out_dtype) -> jax.Array:
+    x_TGK, weight_NK = product_operands(x, weight)
+    groups, columns = x_TGK.shape[-2:]
+    weight_GOK = weight_NK.reshape(groups, -1, columns)
+    out_TGO = jnp.einsum(
+        "...gk,gok->...go", x_TGK, weight_GOK, precision="highest", preferred_element_type=jnp.float32
+    )
+    return out_TGO.astype(out_dtype)

@@ -1,0 +1,58 @@
+"""The definition of manifold-constrained hyper-connections."""
+
+import jax
+import jax.numpy as jnp
+
+
+def _mix(streams: jax.Array, fn: jax.Array, norm_eps: float) -> tuple[jax.Array, jax.Array]:
+    """The streams in float32, and their projection by `fn` divided by their root mean square."""
+    streams_TXM = streams.astype(jnp.float32)
+    flat = streams_TXM.reshape(*streams.shape[:-2], -1)  # stream-major
+    rms = jax.lax.rsqrt(jnp.mean(flat * flat, -1, keepdims=True) + norm_eps)
+    return streams_TXM, jnp.einsum("...k,nk->...n", flat, fn, precision="highest") * rms
+
+
+def _collapse(pre: jax.Array, streams_TXM: jax.Array, dtype) -> jax.Array:
+    return jnp.einsum("...x,...xm->...m", pre, streams_TXM, precision="highest").astype(dtype)
+
+
+def sinkhorn(logits: jax.Array, iterations: int, eps: float) -> jax.Array:
+    """Nearly doubly stochastic matrices from logits; the last step normalises columns."""
+    comb = jax.nn.softmax(logits, axis=-1) + eps
+    comb = comb / (comb.sum(-2, keepdims=True) + eps)
+    for _ in range(iterations - 1):
+        comb = comb / (comb.sum(-1, keepdims=True) + eps)
+        comb = comb / (comb.sum(-2, keepdims=True) + eps)
+    return comb
+
+
+def hc_pre(
+    streams: jax.Array,
+    fn: jax.Array,
+    scale: jax.Array,
+    base: jax.Array,
+    sinkhorn_iters: int,
+    eps: float,
+    norm_eps: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    n = streams.shape[-2]
+    streams_TXM, mixed = _mix(streams, fn, norm_eps)
+    pre = jax.nn.sigmoid(mixed[..., :n] * scale[0] + base[:n]) + eps
+    post = 2 * jax.nn.sigmoid(mixed[..., n : 2 * n] * scale[1] + base[n : 2 * n])
+    logits = (mixed[..., 2 * n :] * scale[2] + base[2 * n :]).reshape(*mixed.shape[:-1], n, n)
+    return _collapse(pre, streams_TXM, streams.dtype), post, sinkhorn(logits, sinkhorn_iters, eps)
+
+
+def hc_post(y: jax.Array, streams: jax.Array, post: jax.Array, comb: jax.Array) -> jax.Array:
+    written = post[..., None] * y.astype(jnp.float32)[..., None, :]
+    # The sum runs over the first index of comb: comb.T @ streams.
+    kept = jnp.einsum("...ij,...im->...jm", comb, streams.astype(jnp.float32), precision="highest")
+    return (written + kept).astype(streams.dtype)
+
+
+def hc_head(
+    streams: jax.Array, fn: jax.Array, scale: jax.Array, base: jax.Array, eps: float, norm_eps: float
+) -> jax.Array:
+    streams_TXM, mixed = _mix(streams, fn, norm_eps)
+    pre = jax.nn.sigmoid(mixed * scale + base) + eps
+    return _collapse(pre, streams_TXM, streams.dtype)

@@ -1,0 +1,42 @@
+"""The definition of the lightning indexer."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Scores of all queries at once would not fit for long prompts.
+QUERIES_AT_ONCE = 64
+
+
+def hadamard(x: jax.Array) -> jax.Array:
+    size = x.shape[-1]
+    matrix = np.ones((1, 1), np.float32)
+    while len(matrix) < size:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    rotated = jnp.einsum("...i,ij->...j", x.astype(jnp.float32), matrix, precision="highest")
+    return (rotated * size**-0.5).astype(x.dtype)
+
+
+def index_scores(q: jax.Array, keys: jax.Array, weights: jax.Array) -> jax.Array:
+    q_BTIJ, keys_BSJ = q.astype(jnp.float32), keys.astype(jnp.float32)
+    hits_BTIS = jax.nn.relu(jnp.einsum("btij,bsj->btis", q_BTIJ, keys_BSJ, precision="highest"))
+    return jnp.einsum("bti,btis->bts", weights.astype(jnp.float32), hits_BTIS, precision="highest")
+
+
+def index_top_k(scores: jax.Array, visible: jax.Array, top_k: int) -> jax.Array:
+    hidden_BTS = jnp.arange(scores.shape[-1]) >= visible[..., None]
+    best, chosen = jax.lax.top_k(jnp.where(hidden_BTS, -jnp.inf, scores), min(top_k, scores.shape[-1]))
+    return jnp.where(best == -jnp.inf, -1, chosen).astype(jnp.int32)
+
+
+def index_select(
+    q: jax.Array, keys: jax.Array, weights: jax.Array, visible: jax.Array, top_k: int
+) -> jax.Array:
+    def one_query(query):
+        q_BIJ, weights_BI, visible_B = query
+        scores = index_scores(q_BIJ[:, None], keys, weights_BI[:, None])
+        return index_top_k(scores, visible_B[:, None], top_k)[:, 0]
+
+    by_token = jax.tree.map(lambda array: jnp.moveaxis(array, 1, 0), (q, weights, visible))
+    chosen_TBK = jax.lax.map(one_query, by_token, batch_size=QUERIES_AT_ONCE)
+    return jnp.moveaxis(chosen_TBK, 0, 1)

@@ -1,0 +1,47 @@
+"""The definition of `sparse_attention`."""
+
+import jax
+import jax.numpy as jnp
+
+# Gathered keys of all queries at once would not fit for long prompts.
+QUERIES_AT_ONCE = 64
+
+
+def sparse_attention(
+    q: jax.Array,
+    window_kv: jax.Array,
+    window_index: jax.Array,
+    compressed_kv: jax.Array | None,
+    compressed_index: jax.Array | None,
+    attn_sink: jax.Array,
+    softmax_scale: float,
+) -> jax.Array:
+    def one_query(query):
+        q_BHD, window_BW, compressed_BK = query
+        kv_BKD, index_BK = _rows(window_kv, window_BW), window_BW
+        if compressed_kv is not None:
+            kv_BKD = jnp.concatenate([kv_BKD, _rows(compressed_kv, compressed_BK)], 1)
+            index_BK = jnp.concatenate([index_BK, compressed_BK], 1)
+        return _attend(q_BHD, kv_BKD, index_BK >= 0, attn_sink, softmax_scale).astype(q.dtype)
+
+    by_token = jax.tree.map(lambda array: jnp.moveaxis(array, 1, 0), (q, window_index, compressed_index))
+    out_TBHD = jax.lax.map(one_query, by_token, batch_size=max(1, QUERIES_AT_ONCE // q.shape[0]))
+    return jnp.moveaxis(out_TBHD, 0, 1)
+
+
+def _attend(q_BHD, kv_BKD, valid_BK, attn_sink, softmax_scale):
+    q_BHD, kv_BKD = q_BHD.astype(jnp.float32), kv_BKD.astype(jnp.float32)
+    logits_BHK = jnp.einsum("bhd,bkd->bhk", q_BHD, kv_BKD, precision="highest") * softmax_scale
+    logits_BHK = jnp.where(valid_BK[:, None], logits_BHK, -jnp.inf)
+    # The maximum is over real keys; a query that has none keeps a finite one, and so gives zeros.
+    top_BH1 = jnp.maximum(logits_BHK.max(-1, keepdims=True), jnp.finfo(jnp.float32).min)
+    weight_BHK = jnp.exp(logits_BHK - top_BH1)
+    total_BH1 = weight_BHK.sum(-1, keepdims=True) + jnp.exp(attn_sink[:, None] - top_BH1)
+    out_BHD = jnp.einsum("bhk,bkd->bhd", weight_BHK, kv_BKD, precision="highest")
+    return jnp.where(valid_BK.any(-1)[:, None, None], out_BHD / total_BH1, 0.0)
+
+
+def _rows(kv_BSD: jax.Array, index_BK: jax.Array) -> jax.Array:
+    """The rows named, any row where the index is -1; never outside the array."""
+    index_BK = jnp.clip(index_BK, 0, kv_BSD.shape[1] - 1)
+    return jnp.take_along_axis(kv_BSD, index_BK[..., None], axis=1)

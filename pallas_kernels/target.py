@@ -1,0 +1,36 @@
+"""What the device at hand can do."""
+
+import dataclasses
+import functools
+from typing import Literal
+
+import jax
+
+Vendor = Literal["cpu", "cuda", "rocm"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A kind of device, as far as choosing and compiling a kernel goes.
+
+    Attributes:
+      vendor: whose compiler takes the kernel.
+      arch: the compiler's own name of the chip: "sm_90", "gfx942", or "" on a CPU.
+    """
+
+    vendor: Vendor
+    arch: str
+
+
+@functools.cache
+def current_target() -> Target:
+    """The target of JAX's default backend."""
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        return Target("cpu", "")
+    if device.platform != "gpu":
+        raise NotImplementedError(f"platform {device.platform!r}: have cpu, cuda and rocm")
+    capability = str(device.compute_capability)  # "9.0" from CUDA, "gfx942:sramecc+:xnack-" from ROCm
+    if capability.startswith("gfx"):
+        return Target("rocm", capability.split(":")[0])
+    return Target("cuda", f"sm_{capability.replace('.', '')}")
