@@ -160,7 +160,7 @@ class Config:
             total = f"num_hidden_layers {layers} + num_nextn_predict_layers {self.num_nextn_predict_layers}"
             yield f"{len(self.compress_ratios)} compress_ratios for {total}"
         elif any(self.compress_ratios[layers:]):
-            yield f"compress_ratios end in {reprlib.repr(self.compress_ratios[layers:])}; a draft layer's must be 0"
+            yield f"compress_ratios end in {reprlib.repr(self.compress_ratios[layers:])}, want 0 for drafts"
         if self.num_hash_layers > layers:
             yield f"num_hash_layers {self.num_hash_layers} is above num_hidden_layers {layers}"
 
@@ -231,11 +231,8 @@ class Config:
     def from_dict(cls, raw: Mapping[str, Any], where: str = "config.json") -> Self:
         """The config in a parsed config.json; a null counts as absent. Messages begin with `where`.
 
-        Warns:
-          ConfigWarning: names the keys that mean nothing to this package.
-
         Raises:
-          ConfigError: it does not describe a DeepSeek-V4 model.
+          ConfigError: it does not describe a DeepSeek-V4 model. Keys unknown here give a ConfigWarning.
         """
         model_type = raw.get("model_type")
         if model_type != "deepseek_v4":
@@ -245,7 +242,7 @@ class Config:
         nested = {"rope_scaling": RopeScaling, "quantization_config": QuantizationConfig}
         try:
             values = _values(cls, raw, where)
-            for name in nested.keys() & values.keys():
+            for name in (name for name in nested if name in values):
                 values[name] = nested[name](**_values(nested[name], values[name], where, f"{name}."))
             return cls(**values)
         except ConfigError as error:
@@ -284,11 +281,8 @@ def _values(kind: Any, raw: Any, where: str, prefix: str = "") -> dict[str, Any]
         raise ConfigError(f"lacks {', '.join(missing)}", hint="is it the whole config.json of a DeepSeek-V4?")
     if unknown := [f"{prefix}{key}" for key in keys if key not in fields and key not in _IGNORED]:
         warnings.warn(f"{where}: ignores {', '.join(unknown)}", ConfigWarning, stacklevel=3)
-    return {
-        name: tuple(keys[name]) if isinstance(keys[name], list) else keys[name]
-        for name in fields
-        if name in keys
-    }
+    values = {name: keys[name] for name in fields if name in keys}
+    return {name: tuple(each) if isinstance(each, list) else each for name, each in values.items()}
 
 
 def _expert_dtype_of_tensors(folder: Path) -> str:

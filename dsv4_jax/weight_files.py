@@ -81,8 +81,8 @@ class WeightFiles:
         """Reads the index and every shard's header, and no weights.
 
         Raises:
-          CheckpointError: the folder or a shard is absent (exit code 66); the index or a shard is damaged, the
-            two disagree, or the index points outside the folder (65).
+          CheckpointError: the folder or a shard is absent (exit code 66); index or shard is damaged, they
+            disagree, or a shard lies outside the folder (65).
         """
         folder = check_folder(folder)
         index = folder / INDEX_NAME
@@ -211,17 +211,13 @@ def read_json_object(path: Path, max_nbytes: int, error: type[DSV4Error]) -> dic
 
 
 def _read_index(index: Path) -> dict[str, str]:
-    """Shard name by tensor name. Every string comes from the file: none has been checked to be a safe path."""
+    """Shard name by tensor name, as the file has it: no name has been checked to be a safe path."""
     weight_map = read_json_object(index, MAX_INDEX_NBYTES, CheckpointError).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(
-            f"{index}: weight_map is {reprlib.repr(weight_map)}, want an object of tensor: shard"
-        )
+        raise CheckpointError(f"{index}: weight_map is {reprlib.repr(weight_map)}, want tensor: shard pairs")
     for tensor, shard in weight_map.items():
         if not isinstance(shard, str):
-            raise CheckpointError(
-                f"{index}: weight_map[{tensor!r}] is {reprlib.repr(shard)}, want a file name"
-            )
+            raise CheckpointError(f"{index}: weight_map[{tensor!r}] is {reprlib.repr(shard)}, want a string")
     return weight_map
 
 
@@ -271,8 +267,7 @@ def _locate(folder: Path, names: list[str]) -> list[Path]:
         target = path.resolve()
         if not any(target.is_relative_to(root) for root in allowed):
             raise CheckpointError(
-                f"{path}: the link to {target} escapes the checkpoint folder",
-                hint="put the file itself there",
+                f"{path}: escapes the checkpoint folder, a link to {target}", hint="put the file itself there"
             )
     return paths
 
@@ -315,14 +310,15 @@ def _read_header(shard: Path) -> list[TensorInfo]:
 def _check_index(index: Path, shard_of: dict[str, str], tensors: list[TensorInfo]) -> None:
     """Holds the index against the shards both ways: a tensor it leaves out would be lost without a word."""
     file_of = {info.name: info.file for info in tensors}
+    listed = {shard: index.parent / shard for shard in set(shard_of.values())}
     for name, shard in shard_of.items():
         found = file_of.get(name)
-        if found != index.parent / shard:
+        if found != listed[shard]:
             where = f"it is in {found.name}" if found else "no shard has it"
             raise CheckpointError(f"{index}: {name!r} is not in {shard!r}: {where}")
     if unlisted := [name for name in file_of if name not in shard_of]:
         raise CheckpointError(
-            f"{index}: leaves out {len(unlisted)} tensors of its shards, such as {unlisted[0]!r} in"
+            f"{index}: leaves out {len(unlisted)} tensor(s) of its shards, such as {unlisted[0]!r} in"
             f" {file_of[unlisted[0]].name}",
             hint="download the index again",
         )

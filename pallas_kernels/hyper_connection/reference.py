@@ -18,12 +18,15 @@ def _collapse(pre: jax.Array, streams_TXM: jax.Array, dtype) -> jax.Array:
 
 def sinkhorn(logits: jax.Array, iterations: int, eps: float) -> jax.Array:
     """Nearly doubly stochastic matrices from logits; the last step normalises columns."""
-    comb = jax.nn.softmax(logits, axis=-1) + eps
-    comb = comb / (comb.sum(-2, keepdims=True) + eps)
-    for _ in range(iterations - 1):
-        comb = comb / (comb.sum(-1, keepdims=True) + eps)
-        comb = comb / (comb.sum(-2, keepdims=True) + eps)
-    return comb
+
+    def columns(comb):
+        return comb / (comb.sum(-2, keepdims=True) + eps)
+
+    def rows_then_columns(_, comb):
+        return columns(comb / (comb.sum(-1, keepdims=True) + eps))
+
+    comb = columns(jax.nn.softmax(logits, axis=-1) + eps)
+    return jax.lax.fori_loop(0, iterations - 1, rows_then_columns, comb)
 
 
 def hc_pre(

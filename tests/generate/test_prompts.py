@@ -85,17 +85,17 @@ def path(tmp_path):
 
 
 def test_rows_hold_text_or_ids_and_their_own_sampling(path):
-    path.write_text(
-        '{"id": "a", "prompt": "日本 👩‍👩‍👧"}\n{"id": 7, "tokens": [0, 5], "temperature": 0, "max_tokens": 8, "ignore_eos": true}\n'
-    )
+    sampled = {"temperature": 0, "max_tokens": 8, "ignore_eos": True}
+    lines = [{"id": "a", "prompt": "日本 👩"}, {"id": 7, "tokens": [0, 5], **sampled}]
+    path.write_text("\n".join(json.dumps(line, ensure_ascii=False) for line in lines), encoding="utf-8")
 
     text, ids = read_prompts(path)
 
     defaults = SamplingParams(temperature=0.5, top_p=0.9)
-    assert (text.id, text.prompt, text.where) == ("a", "日本 👩‍👩‍👧", f"{path}:1")
+    assert (text.id, text.prompt, text.where) == ("a", "日本 👩", f"{path}:1")
     assert text.sampling(defaults) == defaults
     assert (ids.id, ids.prompt, ids.where) == (7, [0, 5], f"{path}:2")
-    assert ids.sampling(defaults) == SamplingParams(temperature=0, top_p=0.9, max_tokens=8, ignore_eos=True)
+    assert ids.sampling(defaults) == SamplingParams(top_p=0.9, **sampled)
 
 
 def test_every_sampling_key_reaches_the_parameters(path):
