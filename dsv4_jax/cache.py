@@ -116,17 +116,17 @@ class LayerCache:
 Cache = tuple[LayerCache, ...]
 
 
-def make_cache(
-    config: Config, numerics: Numerics, *, batch: int, max_len: int, max_draft: int = 0
-) -> Cache:
+def make_cache(config: Config, numerics: Numerics, *, batch: int, max_len: int, max_draft: int = 0) -> Cache:
     """Empty caches of all layers of the main model.
 
     Args:
       max_len: tokens a sequence may have, prompt and answer.
       max_draft: how many drafted tokens a step may verify and reject.
     """
-    sizes = dict(batch=batch, max_len=max_len, max_draft=max_draft)
-    return tuple(LayerCache.zeros(config, numerics, ratio, **sizes) for ratio in config.main_ratios)
+    return tuple(
+        LayerCache.zeros(config, numerics, ratio, batch=batch, max_len=max_len, max_draft=max_draft)
+        for ratio in config.main_ratios
+    )
 
 
 def _zeros(batch: int, slots: int, channels: int, dtype) -> jax.Array:

@@ -46,7 +46,7 @@ class Transformer(nnx.Module):
         self.hc_head = HyperHead(config)
         self.norm = RMSNorm(config.hidden_size, "hidden", config.rms_norm_eps)
         # The head runs in float32: ties between tokens are decided here.
-        self.head = PlainLinear(config.vocab_size, config.hidden_size, ("vocab", "hidden"), jnp.float32)
+        self.head = PlainLinear((config.vocab_size, config.hidden_size), ("vocab", "hidden"), jnp.float32)
         self.hc_mult = config.hc_mult
 
     def __call__(

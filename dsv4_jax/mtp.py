@@ -26,8 +26,8 @@ class MTPHead(nnx.Module):
         hidden = config.hidden_size
         self.enorm = RMSNorm(hidden, "hidden", config.rms_norm_eps)
         self.hnorm = RMSNorm(hidden, "hidden", config.rms_norm_eps)
-        self.e_proj = Linear(hidden, hidden, (None, "hidden"), config, numerics)
-        self.h_proj = Linear(hidden, hidden, (None, "hidden"), config, numerics)
+        self.e_proj = Linear((hidden, hidden), (None, "hidden"), config, numerics)
+        self.h_proj = Linear((hidden, hidden), (None, "hidden"), config, numerics)
         self.block = Block(config, numerics, ratio=0, hashed=False)
         self.hc_head = HyperHead(config)
         self.norm = RMSNorm(hidden, "hidden", config.rms_norm_eps)

@@ -6,10 +6,11 @@ the mesh each is split. XLA does the rest. To lay the model out differently, edi
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from dsv4_jax.config import Config
 from dsv4_jax.errors import EXIT_USAGE, MemoryPlanError
@@ -52,7 +53,7 @@ def spec(*axes: str | None, rules: Rules = RULES) -> PartitionSpec:
     return PartitionSpec(*mesh_axes)
 
 
-def make_mesh(dp: int = 1, ep: int = 1, tp: int = 1, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(dp: int = 1, ep: int = 1, tp: int = 1, *, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of dp x ep x tp devices, the first ones of `devices` (default: all there are).
 
     Raises:
@@ -104,7 +105,7 @@ def check_mesh(config: Config, mesh_shape: Mapping[str, int]) -> None:
         )
 
 
-def _divisible(partition: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def _divisible(partition: PartitionSpec, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """`partition` without the axes that do not divide `shape`, which stay whole on every device."""
     kept = []
     for axis, size in zip(partition, shape, strict=True):

@@ -223,7 +223,7 @@ def _read_index(index: Path) -> dict[str, str]:
 
 def _lone_shard(folder: Path) -> str:
     """The name of the only shard of a folder that has no index."""
-    names = sorted(path.name for path in folder.iterdir())
+    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     shards = [name for name in names if name.endswith(".safetensors")]
     if len(shards) == 1:
         return shards[0]
@@ -341,7 +341,7 @@ def _damaged(shard: Path, error: Exception) -> CheckpointError:
         )
     if head.startswith(b"PK\x03\x04"):
         return CheckpointError(f"{shard}: a zip archive of {size:,} bytes, not safetensors", hint=again)
-    if head.lstrip().startswith(b"<"):
+    if head.lstrip().startswith(b"<") and 0 not in head[:8]:  # a header's length has zeros there
         return CheckpointError(f"{shard}: an HTML page of {size:,} bytes, not safetensors", hint=again)
     expected = _size_by_header(shard)
     if expected is not None and expected != size:

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dsv4_jax.cache import LayerCache, make_cache
+from dsv4_jax.cache import CompressedCache, LayerCache, make_cache
 from dsv4_jax.checkpoint.load import LoadedModel, load
 from dsv4_jax.config import Config
 from dsv4_jax.errors import DSV4Error
@@ -138,7 +138,9 @@ def greedy(loaded: LoadedModel, prompts: dict[str, np.ndarray], tokens: int = 32
         cache = make_cache(config, PLAIN, batch=batch, max_len=max_len)
         start = jnp.zeros(batch, jnp.int32)
         first, cache = prefill(config, PLAIN, params, ids, start, whole, cache)
-        last, _ = prefill(config, PLAIN, params, read[:, length:-1], whole, jnp.full(batch, tokens - 1), cache)
+        last, _ = prefill(
+            config, PLAIN, params, read[:, length:-1], whole, jnp.full(batch, tokens - 1), cache
+        )
         out[f"{name}/tokens"] = written.astype(jnp.int16)
         out[f"{name}/first_logits"], out[f"{name}/last_logits"] = first, last
     return {key: np.asarray(value) for key, value in out.items()}
@@ -175,13 +177,17 @@ def kvquant(loaded: LoadedModel, inputs: dict[str, np.ndarray], numerics: Numeri
         out[f"kvquant/block_out/{layer}"] = block_out[0, inputs["in/kvquant/block_out_positions"]]
         out[f"kvquant/window_kv/{layer}"] = cache.window.before(jnp.full(1, tokens), window)[0]
         if ratio:
-            closed = tokens // ratio
-            kept = slice(max(0, closed - LISTED_ENTRIES), closed)
-            out[f"kvquant/compressed_kv/{layer}"] = cache.compressed.entries[0, kept]
+            out[f"kvquant/compressed_kv/{layer}"] = newest(cache.compressed, tokens // ratio)
         if chosen is not None:
-            out[f"kvquant/indexer_k/{layer}"] = cache.index.entries[0, kept]
+            out[f"kvquant/indexer_k/{layer}"] = newest(cache.index, tokens // ratio)
             out[f"kvquant/indexer_selected/{layer}"] = ascending(np.asarray(chosen[0]))
     return {key: np.asarray(value) for key, value in out.items()}
+
+
+def newest(cache: CompressedCache | None, count: int) -> jax.Array:
+    """The last of the first sequence's `count` entries, as many as are listed."""
+    assert cache is not None, "the layer's ratio says it has entries"
+    return cache.entries[0, max(0, count - LISTED_ENTRIES) : count]
 
 
 def ascending(chosen: np.ndarray) -> np.ndarray:
@@ -199,7 +205,9 @@ def outputs(loaded: LoadedModel, inputs: dict[str, np.ndarray], only: str | None
         out |= plain(loaded, inputs, steps)
     if only != "kvquant":
         prompts = {
-            match[1]: value for key, value in inputs.items() if (match := re.fullmatch(r"in/(\w+)/prompt", key))
+            match[1]: value
+            for key, value in inputs.items()
+            if (match := re.fullmatch(r"in/(\w+)/prompt", key))
         }
         out |= greedy(loaded, prompts)
     if "in/kvquant/input_ids" in inputs and only != "plain":
@@ -229,7 +237,7 @@ def main() -> int:
     out = outputs(loaded, inputs, arguments.numerics)
     if not out:
         parser.error(f"{arguments.inputs} holds none of in/plain/..., in/greedy*/prompt, in/kvquant/...")
-    np.savez(arguments.out, **out)
+    np.savez(arguments.out, allow_pickle=False, **out)
     print(f"{len(out)} arrays written to {arguments.out}")
     return 0
 

@@ -1,6 +1,7 @@
 """An official checkpoint folder to parameters on the device, or on a mesh of them."""
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -29,6 +30,10 @@ READ_THREADS = 8
 Verify = Literal["header", "values"]
 
 
+class CheckpointWarning(UserWarning):
+    """A checkpoint holds something that is left aside."""
+
+
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
     """A checkpoint in memory.
@@ -52,6 +57,7 @@ def load(
     mtp: bool = False,
     mesh: Mesh | None = None,
     verify: Verify = "header",
+    strict: bool = False,
     progress: bool = False,
 ) -> LoadedModel:
     """Reads a checkpoint in the official DeepSeek-V4 format.
@@ -63,6 +69,7 @@ def load(
       mtp: also load the MTP head.
       mesh: spread the parameters over these devices by `sharding.RULES`.
       verify: "values" also looks for NaN and infinities in everything read.
+      strict: refuse tensors that the model has no place for; otherwise they are a CheckpointWarning.
       progress: show a bar on stderr.
 
     Raises:
@@ -76,6 +83,7 @@ def load(
         check_mesh(config, mesh.shape)
     with WeightFiles.open(folder) as files:
         check_draft(config, files, mtp=mtp)
+        _check_names(config, files, mtp=mtp, strict=strict)
         stored = [resolve(parameter, files) for parameter in parameters(config, mtp=mtp)]
         nbytes = sum(files.tensors[name].nbytes for parameter in stored for name, _, _ in parameter.tensors())
         leaves = {}
@@ -98,34 +106,63 @@ def check_draft(config: Config, files: WeightFiles, *, mtp: bool) -> None:
         return
     if config.draft == "dspark":
         raise CheckpointError(
-            f"{files.folder}: holds a DSpark draft (dspark_block_size {config.dspark_block_size}), no MTP head",
+            f"{files.folder}: holds a DSpark draft and no MTP head",
             hint="load it without MTP; the main model is the same",
         )
-    if config.draft is None or not any(name.startswith("mtp.0.") for name in files.tensors):
+    if not holds_mtp(config, files):
         raise CheckpointError(f"{files.folder}: holds no MTP weights (mtp.0.*)", hint="load it without MTP")
 
 
-def missing_and_unexpected(config: Config, files: WeightFiles) -> tuple[list[str], list[str]]:
-    """Tensors that the model needs and the folder lacks, and those it has no place for."""
-    mtp = config.draft == "mtp" and any(name.startswith("mtp.0.") for name in files.tensors)
-    expected: set[str] = set()
-    missing = []
+def holds_mtp(config: Config, files: WeightFiles) -> bool:
+    """Whether the folder has weights of an MTP head."""
+    return config.draft == "mtp" and any(name.startswith("mtp.0.") for name in files.tensors)
+
+
+def missing_and_unexpected(config: Config, files: WeightFiles, *, mtp: bool) -> tuple[list[str], list[str]]:
+    """Tensors that the model, with `mtp` its head too, needs and the folder lacks; and those without a place.
+
+    An MTP head that is there but not asked for is neither.
+    """
+    missing, expected = [], set()
     for parameter in parameters(config, mtp=mtp):
         for stem in parameter.stems():
             names = _names(parameter, stem)
             expected.update(names)
-            unquantised = len(names) == 2 and _is_bf16(files.tensors.get(names[0]))
-            missing += [name for name in names[: 1 if unquantised else 2] if name not in files.tensors]
+            needed = names[:1] if _is_unquantised(files, names) else names
+            missing += [name for name in needed if name not in files.tensors]
+    if not mtp and holds_mtp(config, files):
+        expected.update(name for name in files.tensors if name.startswith("mtp."))
     unexpected = [name for name in files.tensors if name not in expected and not is_ignored(config, name)]
     return missing, unexpected
+
+
+def _check_names(config: Config, files: WeightFiles, *, mtp: bool, strict: bool) -> None:
+    missing, unexpected = missing_and_unexpected(config, files, mtp=mtp)
+    if missing:
+        raise CheckpointError(
+            f"{files.folder}: lacks {_some(missing)}",
+            hint="download the whole checkpoint, or see its config.json",
+        )
+    if unexpected and strict:
+        raise CheckpointError(f"{files.folder}: holds {_some(unexpected)}, which the model has no place for")
+    if unexpected:
+        message = f"{files.folder}: {_some(unexpected)} ignored: the model has no place for them"
+        warnings.warn(message, CheckpointWarning, stacklevel=3)
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 3:,} more tensors" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 def _names(parameter: Parameter, stem: str) -> tuple[str, ...]:
     return (f"{stem}.weight", f"{stem}.scale") if parameter.entry.stored == "quantized" else (stem,)
 
 
-def _is_bf16(info: TensorInfo | None) -> bool:
-    return info is not None and info.dtype == "BF16"
+def _is_unquantised(files: WeightFiles, names: tuple[str, ...]) -> bool:
+    """Whether a weight that could be quantised is stored in bfloat16, which it is without a scale."""
+    weight, *scale = (files.tensors.get(name) for name in names)
+    return weight is not None and weight.dtype == "BF16" and scale == [None]
 
 
 def resolve(parameter: Parameter, files: WeightFiles) -> Parameter:
@@ -141,7 +178,7 @@ def resolve(parameter: Parameter, files: WeightFiles) -> Parameter:
     for name, dtype, shape in parameter.tensors():
         info = files.tensors.get(name)
         if info is None:
-            raise CheckpointError(f"{files.folder}: lacks {name}", hint="see dsv4-jax inspect for all of them")
+            raise CheckpointError(f"{files.folder}: lacks {name}")
         if (info.dtype, info.shape) != (dtype, shape):
             raise CheckpointError(
                 f"{info.file}: {name} is {info.dtype} {list(info.shape)}, expected {dtype} {list(shape)}"
@@ -151,11 +188,10 @@ def resolve(parameter: Parameter, files: WeightFiles) -> Parameter:
 
 def _as_stored(parameter: Parameter, files: WeightFiles) -> Parameter:
     """`parameter` with the format and scale dtype of its first tensor."""
-    weight, scale = _names(parameter, parameter.stems()[0])
-    if _is_bf16(files.tensors.get(weight)) and scale not in files.tensors:
-        whole = jax.ShapeDtypeStruct(parameter.value.shape, jnp.bfloat16)
-        return parameter._replace(value=whole)
-    found = files.tensors.get(scale)
+    names = _names(parameter, parameter.stems()[0])
+    if _is_unquantised(files, names):
+        return parameter._replace(value=jax.ShapeDtypeStruct(parameter.value.shape, jnp.bfloat16))
+    found = files.tensors.get(names[1])
     dtype = {"F8_E8M0": jnp.uint8, "F32": jnp.float32}.get(found.dtype) if found else None
     if dtype is None:
         return parameter  # what is wrong with it shows when it is checked

@@ -1,4 +1,4 @@
-"""Attention of the three kinds: sliding window alone (SWA), with chosen (CSA) or all (HCA) compressed entries."""
+"""Attention of three kinds: the window alone (SWA), with chosen (CSA) or all (HCA) compressed entries."""
 
 import dataclasses
 
@@ -30,7 +30,7 @@ class Attention(nnx.Module):
         groups, o_lora = config.o_groups, config.o_lora_rank
 
         def linear(out_features: int, in_features: int, *axes: str) -> Linear:
-            return Linear(out_features, in_features, axes, config, numerics)
+            return Linear((out_features, in_features), axes, config, numerics)
 
         self.wq_a = linear(config.q_lora_rank, hidden, "q_lora", "hidden")
         self.q_norm = RMSNorm(config.q_lora_rank, "q_lora", config.rms_norm_eps)
@@ -38,10 +38,8 @@ class Attention(nnx.Module):
         self.wkv = linear(head_dim, hidden, "head_dim", "hidden")
         self.kv_norm = RMSNorm(head_dim, "head_dim", config.rms_norm_eps)
         self.attn_sink = parameter((heads,), jnp.float32, "heads")
-        wo_a_axes = ("o_groups", "head_dim")
-        self.wo_a = BlockDiagonalLinear(
-            groups * o_lora, heads * head_dim // groups, wo_a_axes, config, numerics
-        )
+        wo_a_shape = (groups * o_lora, heads * head_dim // groups)
+        self.wo_a = BlockDiagonalLinear(wo_a_shape, ("o_groups", "head_dim"), config, numerics)
         self.wo_b = linear(hidden, groups * o_lora, "hidden", "o_groups")
         if ratio:
             self.compressor = Compressor(config, numerics, ratio)
@@ -65,7 +63,7 @@ class Attention(nnx.Module):
         window_kv, window_index = self._window(kv, position, cache)
         cache = self.remember(x, kv, position, length, cache)
         compressed_kv, compressed_index = None, None
-        if self.ratio:
+        if cache.compressed is not None:
             compressed_kv = cache.compressed.entries
             compressed_index = self.choose(x, q_latent, angles, positions, cache)
 
@@ -106,10 +104,10 @@ class Attention(nnx.Module):
     ) -> LayerCache:
         """The cache with the new tokens in it."""
         cache = dataclasses.replace(cache, window=cache.window.write(kv, position, length))
-        if self.ratio:
+        if cache.compressed is not None:
             compressed = self.compressor(x, position, length, cache.compressed)
             cache = dataclasses.replace(cache, compressed=compressed)
-        if self.ratio == 4:
+        if cache.index is not None:
             index = self.indexer.compressor(x, position, length, cache.index)
             cache = dataclasses.replace(cache, index=index)
         return cache
@@ -122,9 +120,10 @@ class Attention(nnx.Module):
         positions: Int32[Array, "B T"],
         cache: LayerCache,
     ) -> Int32[Array, "B T K"]:
-        """Compressed entries each query attends to, -1 where there are fewer."""
-        if self.ratio == 4:
+        """Compressed entries each query attends to, -1 where there are fewer; of layers that have any."""
+        if cache.index is not None:
             return self.indexer(x, q_latent, angles[:, :, None], positions, cache.index.entries)
+        assert cache.compressed is not None
         return all_visible((positions + 1) // self.ratio, cache.compressed.entries.shape[1])
 
     def _window(

@@ -23,9 +23,10 @@ class Compressor(nnx.Module):
     def __init__(self, config: Config, numerics: Numerics, ratio: int, *, for_index: bool = False):
         self.head_dim = config.index_head_dim if for_index else config.head_dim
         channels = self.head_dim * (2 if ratio == 4 else 1)
+        shape = (channels, config.hidden_size)
         # The released model runs both projections in float32: their softmax decides what is remembered.
-        self.wkv = PlainLinear(channels, config.hidden_size, (None, "hidden"), jnp.float32)
-        self.wgate = PlainLinear(channels, config.hidden_size, (None, "hidden"), jnp.float32)
+        self.wkv = PlainLinear(shape, (None, "hidden"), jnp.float32)
+        self.wgate = PlainLinear(shape, (None, "hidden"), jnp.float32)
         self.ape = parameter((ratio, channels), jnp.float32, None, None)
         self.norm = RMSNorm(self.head_dim, None, config.rms_norm_eps)
         self.config, self.numerics = config, numerics

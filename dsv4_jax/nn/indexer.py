@@ -17,9 +17,11 @@ class Indexer(nnx.Module):
 
     def __init__(self, config: Config, numerics: Numerics, ratio: int):
         heads, head_dim = config.index_n_heads, config.index_head_dim
-        axes = ("index_heads", "q_lora")
-        self.wq_b = Linear(heads * head_dim, config.q_lora_rank, axes, config, numerics)
-        self.weights_proj = PlainLinear(heads, config.hidden_size, ("index_heads", "hidden"), numerics.dtype)
+        shape, axes = (heads * head_dim, config.q_lora_rank), ("index_heads", "q_lora")
+        self.wq_b = Linear(shape, axes, config, numerics)
+        self.weights_proj = PlainLinear(
+            (heads, config.hidden_size), ("index_heads", "hidden"), numerics.dtype
+        )
         self.compressor = Compressor(config, numerics, ratio, for_index=True)
         self.config, self.numerics, self.ratio = config, numerics, ratio
 

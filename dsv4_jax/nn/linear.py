@@ -14,17 +14,16 @@ class Linear(nnx.Module):
     """FP8 in 128x128 blocks; a checkpoint may store any one of them as bfloat16 instead."""
 
     def __init__(
-        self, out_features: int, in_features: int, axes: tuple[str, str], config: Config, numerics: Numerics
+        self, shape: tuple[int, int], axes: tuple[str | None, ...], config: Config, numerics: Numerics
     ):
-        shape = (out_features, in_features)
         self.weight = quantized_parameter(shape, "fp8_block128", scale_dtype(config), *axes)
         self.numerics = numerics
 
     def __call__(self, x: Float[Array, "*tokens in"]) -> Float[Array, "*tokens out"]:
         weight = self.weight.get_value()
         # An unquantised weight was left so because its product is sensitive: its input stays too.
-        x = self.numerics.quantize_activation(x) if isinstance(weight, QuantArray) else x
-        return block_matmul(x, weight, out_dtype=self.numerics.dtype)
+        operand = self.numerics.quantize_activation(x) if isinstance(weight, QuantArray) else x
+        return block_matmul(operand, weight, out_dtype=self.numerics.dtype)
 
 
 class BlockDiagonalLinear(Linear):
@@ -35,10 +34,10 @@ class BlockDiagonalLinear(Linear):
 
 
 class PlainLinear(nnx.Module):
-    """A small linear that every checkpoint stores as bfloat16; `out_dtype` is float32 where rounding hurts."""
+    """A small linear that is stored as bfloat16; `out_dtype` is float32 where rounding hurts."""
 
-    def __init__(self, out_features: int, in_features: int, axes: tuple[str | None, str], out_dtype):
-        self.weight = parameter((out_features, in_features), jnp.bfloat16, *axes)
+    def __init__(self, shape: tuple[int, int], axes: tuple[str | None, str], out_dtype):
+        self.weight = parameter(shape, jnp.bfloat16, *axes)
         self.out_dtype = jnp.dtype(out_dtype)
 
     def __call__(self, x: Float[Array, "*tokens in"]) -> Float[Array, "*tokens out"]:

@@ -1,4 +1,4 @@
-"""Mixture of experts: routed by token id in the first layers, by score in the others, plus a shared expert."""
+"""Mixture of experts: routed by token id in the first layers, by score after, plus a shared expert."""
 
 import jax.numpy as jnp
 from flax import nnx
@@ -83,8 +83,8 @@ class Experts(nnx.Module):
 
     def _product(self, rows: Float[Array, "rows K"], stack: nnx.Param, group_sizes: Int32[Array, " E"]):
         weight = stack.get_value()
-        rows = self.numerics.quantize_activation(rows) if isinstance(weight, QuantArray) else rows
-        return grouped_matmul(rows, weight, group_sizes, out_dtype=self.numerics.dtype)
+        operand = self.numerics.quantize_activation(rows) if isinstance(weight, QuantArray) else rows
+        return grouped_matmul(operand, weight, group_sizes, out_dtype=self.numerics.dtype)
 
 
 class SharedExpert(nnx.Module):
@@ -92,9 +92,9 @@ class SharedExpert(nnx.Module):
 
     def __init__(self, config: Config, numerics: Numerics):
         hidden, inner = config.hidden_size, config.moe_intermediate_size * config.n_shared_experts
-        self.w1 = Linear(inner, hidden, ("expert_hidden", "hidden"), config, numerics)
-        self.w2 = Linear(hidden, inner, ("hidden", "expert_hidden"), config, numerics)
-        self.w3 = Linear(inner, hidden, ("expert_hidden", "hidden"), config, numerics)
+        self.w1 = Linear((inner, hidden), ("expert_hidden", "hidden"), config, numerics)
+        self.w2 = Linear((hidden, inner), ("hidden", "expert_hidden"), config, numerics)
+        self.w3 = Linear((inner, hidden), ("expert_hidden", "hidden"), config, numerics)
         self.config, self.numerics = config, numerics
 
     def __call__(self, x: Float[Array, "N M"]) -> Float[Array, "N M"]:

@@ -1,5 +1,7 @@
 """How a module declares a parameter: shape, dtype and logical axes, no numbers."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -20,11 +22,10 @@ def quantized_parameter(shape: tuple[int, ...], format: str, scale_dtype, *axes:
     """A parameter in a block format of `pallas_kernels.FORMATS`."""
     if len(shape) != len(axes):
         raise ValueError(f"shape {shape} has {len(shape)} dimensions, axes {axes} name {len(axes)}")
-    values, scale = storage_shapes(shape, format)
-    array = QuantArray(
-        jax.ShapeDtypeStruct(values, values_dtype(format)), jax.ShapeDtypeStruct(scale, scale_dtype), format
-    )
-    return nnx.Param(array, axes=axes)
+    values_shape, scale_shape = storage_shapes(shape, format)
+    values: Any = jax.ShapeDtypeStruct(values_shape, values_dtype(format))
+    scale: Any = jax.ShapeDtypeStruct(scale_shape, scale_dtype)
+    return nnx.Param(QuantArray(values, scale, format), axes=axes)
 
 
 def scale_dtype(config: Config):

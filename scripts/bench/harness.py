@@ -1,0 +1,52 @@
+"""What all benchmarks share: timing on the device, facts about it, and rows of results in a file."""
+
+import json
+import os
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def median_us(run: Callable[[], Any], repeats: int = 5, inner: int = 1) -> float:
+    """Median microseconds of one call, of `inner` calls that are dispatched together, after a warm-up."""
+    jax.block_until_ready(run())
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        for _ in range(inner):
+            out = run()
+        jax.block_until_ready(out)
+        times.append((time.perf_counter() - start) / inner)
+    return statistics.median(times) * 1e6
+
+
+def facts() -> dict[str, str]:
+    """Device, driver, jax and commit; the commit may come from $DSV4_COMMIT where there is no git."""
+    device = jax.devices()[0]
+    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0]
+    commit = os.environ.get("DSV4_COMMIT") or _output("git", "rev-parse", "--short", "HEAD")
+    return {"device": device.device_kind, "driver": driver, "jax": jax.__version__, "commit": commit}
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def save(rows: list[dict[str, Any]], path: Path) -> None:
+    """Adds rows to a results file; a row takes the place of one with the same id and implementation."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    old = json.loads(path.read_text()) if path.exists() else []
+    new = {(row["id"], row["implementation"]) for row in rows}
+    kept = [row for row in old if (row["id"], row["implementation"]) not in new]
+    lines = ",\n".join(json.dumps(row) for row in kept + rows)
+    path.write_text(f"[\n{lines}\n]\n")

@@ -1,0 +1,53 @@
+"""Parameters with made-up numbers, made on the device: for measuring models that no file holds."""
+
+import functools
+import zlib
+
+import jax
+import jax.numpy as jnp
+
+from dsv4_jax.checkpoint.names import Parameter, nest, parameters
+from dsv4_jax.config import Config
+from dsv4_jax.model import Params
+from pallas_kernels import QuantArray
+from pallas_kernels.formats import E8M0_BIAS
+
+
+def made_up_params(config: Config, seed: int = 0) -> Params:
+    """Parameters of the main model that keep activations in range: linears ~ N(0, 1 / columns)."""
+    key = jax.random.key(seed, impl="rbg")  # threefry would take minutes for a hundred gigabytes
+    return nest({each.path: _numbers(each, config, key) for each in parameters(config, mtp=False)})
+
+
+def _numbers(parameter: Parameter, config: Config, key: jax.Array) -> jax.Array | QuantArray:
+    key = jax.random.fold_in(key, zlib.crc32(repr(parameter.path).encode()))
+    value, name = parameter.value, parameter.path[-1]
+    if isinstance(value, QuantArray):
+        values = _values(key, value.values.shape, value.values.dtype)
+        # A uniform nibble has a standard deviation of 3; E4M3 values are drawn with one of 4.
+        exponent = round(
+            jnp.log2(value.shape[-1] ** -0.5 / (3 if value.format == "fp4_group32" else 4)).item()
+        )
+        scale_dtype = value.scale.dtype
+        fill = E8M0_BIAS + exponent if scale_dtype == jnp.uint8 else 2.0**exponent
+        return QuantArray(values, jnp.full(value.scale.shape, fill, scale_dtype), value.format)
+    if name == "tid2eid":
+        first = jax.random.randint(key, value.shape[:1], 0, config.n_routed_experts)
+        step = config.n_routed_experts // config.num_experts_per_tok
+        return (first[:, None] + step * jnp.arange(value.shape[1])) % config.n_routed_experts
+    if "norm" in str(parameter.path[-2:]):
+        return jnp.ones(value.shape, value.dtype)
+    spread = 1.0 if parameter.path[0] == "embed" else value.shape[-1] ** -0.5
+    return _normal(key, value.shape, value.dtype, spread)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _values(key, shape, dtype):
+    if dtype == jnp.uint8:
+        return jax.random.bits(key, shape, jnp.uint8)
+    return (4 * jax.random.normal(key, shape, jnp.bfloat16)).astype(dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _normal(key, shape, dtype, spread):
+    return (spread * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
