@@ -1,31 +1,32 @@
 """An official checkpoint folder to parameters on the device, or on a mesh of them."""
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from dsv4_jax.checkpoint.names import Parameter, is_ignored, nest, parameters
+from dsv4_jax.checkpoint.names import Parameter, is_shared_copy, nest, parameters
 from dsv4_jax.config import Config
 from dsv4_jax.errors import CheckpointError, NumericError
 from dsv4_jax.model import Params
 from dsv4_jax.sharding import check_mesh, parameter_sharding
 from dsv4_jax.weight_files import TensorInfo, WeightFiles
 from pallas_kernels import QuantArray
-from pallas_kernels.formats import E8M0_NAN
 
 READ_THREADS = 8
+_ALIGNMENT = 64  # bytes; a host array that begins at a multiple of it becomes a CPU array without a copy
+_CHECK_AT_ONCE = 2**20  # numbers, so that looking at a tensor takes little memory beside it
 
 Verify = Literal["header", "values"]
 
@@ -63,7 +64,7 @@ def load(
     """Reads a checkpoint in the official DeepSeek-V4 format.
 
     Numbers stay as they are stored: FP4 packed, FP8, E8M0 scales as exponents. Never holds more on the host
-    than the parameter that is being placed.
+    than the parameter that is being placed, and reads no tensor twice.
 
     Args:
       mtp: also load the MTP head.
@@ -84,10 +85,10 @@ def load(
     with WeightFiles.open(folder) as files:
         check_draft(config, files, mtp=mtp)
         _check_names(config, files, mtp=mtp, strict=strict)
-        stored = [resolve(parameter, files) for parameter in parameters(config, mtp=mtp)]
+        stored = [resolve(parameter, files) for parameter in parameters(config, draft=mtp)]
         nbytes = sum(files.tensors[name].nbytes for parameter in stored for name, _, _ in parameter.tensors())
         leaves = {}
-        with _progress_bar(nbytes, progress) as advance, ThreadPoolExecutor(READ_THREADS) as pool:
+        with progress_bar("loading", nbytes, progress) as advance, ThreadPoolExecutor(READ_THREADS) as pool:
             for parameter in stored:
                 reader = _Reader(files, parameter, config, verify, pool, advance)
                 leaves[parameter.path] = reader.place(mesh)
@@ -109,35 +110,40 @@ def check_draft(config: Config, files: WeightFiles, *, mtp: bool) -> None:
             f"{files.folder}: holds a DSpark draft and no MTP head",
             hint="load it without MTP; the main model is the same",
         )
-    if not holds_mtp(config, files):
+    if not holds_draft(config, files):
         raise CheckpointError(f"{files.folder}: holds no MTP weights (mtp.0.*)", hint="load it without MTP")
 
 
-def holds_mtp(config: Config, files: WeightFiles) -> bool:
-    """Whether the folder has weights of an MTP head."""
-    return config.draft == "mtp" and any(name.startswith("mtp.0.") for name in files.tensors)
+def holds_draft(config: Config, files: WeightFiles) -> bool:
+    """Whether the folder has weights of what its config drafts with."""
+    drafts = (name for name in files.tensors if name.startswith("mtp.") and not is_shared_copy(name))
+    return config.draft is not None and any(drafts)
 
 
-def missing_and_unexpected(config: Config, files: WeightFiles, *, mtp: bool) -> tuple[list[str], list[str]]:
-    """Tensors that the model, with `mtp` its head too, needs and the folder lacks; and those without a place.
+def missing_and_unexpected(config: Config, files: WeightFiles, *, draft: bool) -> tuple[list[str], list[str]]:
+    """Tensors that the model needs and the folder lacks; and those of the folder that have no place in it.
 
-    An MTP head that is there but not asked for is neither.
+    `draft`: the model is to have its MTP head or DSpark draft too. One that is there but not asked for is
+    neither missing nor unexpected, nor are copies of the embedding and the head.
     """
     missing, expected = [], set()
-    for parameter in parameters(config, mtp=mtp):
+    for parameter in parameters(config, draft=draft):
         for stem in parameter.stems():
             names = _names(parameter, stem)
             expected.update(names)
             needed = names[:1] if _is_unquantised(files, names) else names
             missing += [name for name in needed if name not in files.tensors]
-    if not mtp and holds_mtp(config, files):
-        expected.update(name for name in files.tensors if name.startswith("mtp."))
-    unexpected = [name for name in files.tensors if name not in expected and not is_ignored(config, name)]
+    left_aside = not draft and config.draft is not None
+    unexpected = [
+        name
+        for name in files.tensors
+        if name not in expected and not is_shared_copy(name) and not (left_aside and name.startswith("mtp."))
+    ]
     return missing, unexpected
 
 
 def _check_names(config: Config, files: WeightFiles, *, mtp: bool, strict: bool) -> None:
-    missing, unexpected = missing_and_unexpected(config, files, mtp=mtp)
+    missing, unexpected = missing_and_unexpected(config, files, draft=mtp)
     if missing:
         raise CheckpointError(
             f"{files.folder}: lacks {_some(missing)}",
@@ -165,38 +171,54 @@ def _is_unquantised(files: WeightFiles, names: tuple[str, ...]) -> bool:
     return weight is not None and weight.dtype == "BF16" and scale == [None]
 
 
-def resolve(parameter: Parameter, files: WeightFiles) -> Parameter:
-    """The parameter as this folder stores it, every tensor of it checked.
+class Mismatch(NamedTuple):
+    """A tensor with another dtype or shape than it needs, both told as in "BF16 [128, 64]"."""
 
-    A linear stored in bfloat16 without a scale is loaded unquantised; scales may be E8M0 or float32.
+    name: str
+    found: str
+    expected: str
 
-    Raises:
-      CheckpointError: a tensor is absent, or has another dtype or shape.
-    """
-    if isinstance(parameter.value, QuantArray):
-        parameter = _as_stored(parameter, files)
+
+def mismatches(parameter: Parameter, files: WeightFiles) -> Iterator[Mismatch]:
+    """Holds the tensors of a parameter that are there against its declared value."""
     for name, dtype, shape in parameter.tensors():
         info = files.tensors.get(name)
-        if info is None:
-            raise CheckpointError(f"{files.folder}: lacks {name}")
-        if (info.dtype, info.shape) != (dtype, shape):
-            raise CheckpointError(
-                f"{info.file}: {name} is {info.dtype} {list(info.shape)}, expected {dtype} {list(shape)}"
-            )
+        if info is not None and (info.dtype, info.shape) != (dtype, shape):
+            yield Mismatch(name, f"{info.dtype} {list(info.shape)}", f"{dtype} {list(shape)}")
+
+
+def resolve(parameter: Parameter, files: WeightFiles) -> Parameter:
+    """The parameter `as_stored`, once it is sure that all its tensors are alike.
+
+    Raises:
+      CheckpointError: a tensor has another dtype or shape.
+    """
+    parameter = as_stored(parameter, files)
+    for name, found, expected in mismatches(parameter, files):
+        raise CheckpointError(
+            f"{files.tensors[name].file}: {name} is {found}, expected {expected}",
+            hint="does config.json belong to these weights?",
+        )
     return parameter
 
 
-def _as_stored(parameter: Parameter, files: WeightFiles) -> Parameter:
-    """`parameter` with the format and scale dtype of its first tensor."""
+def as_stored(parameter: Parameter, files: WeightFiles) -> Parameter:
+    """The parameter in the format and with the scale dtype that its first tensor has in this folder.
+
+    A linear stored in bfloat16 without a scale is loaded unquantised; scales may be E8M0 or float32.
+    """
+    value = parameter.value
+    if not isinstance(value, QuantArray):
+        return parameter
     names = _names(parameter, parameter.stems()[0])
     if _is_unquantised(files, names):
-        return parameter._replace(value=jax.ShapeDtypeStruct(parameter.value.shape, jnp.bfloat16))
+        return parameter._replace(value=jax.ShapeDtypeStruct(value.shape, jnp.bfloat16))
     found = files.tensors.get(names[1])
     dtype = {"F8_E8M0": jnp.uint8, "F32": jnp.float32}.get(found.dtype) if found else None
     if dtype is None:
-        return parameter  # what is wrong with it shows when it is checked
-    scale_value = jax.ShapeDtypeStruct(parameter.value.scale.shape, dtype)
-    return parameter._replace(value=dataclasses.replace(parameter.value, scale=scale_value))
+        return parameter  # what is wrong with it is for `mismatches` to say
+    scale: Any = jax.ShapeDtypeStruct(value.scale.shape, dtype)
+    return parameter._replace(value=dataclasses.replace(value, scale=scale))
 
 
 class _Reader:
@@ -228,68 +250,87 @@ class _Reader:
         suffix = ".weight" if self.parameter.entry.stored == "quantized" else ""
         return self._array([stem + suffix for stem in stems], value, shardings)
 
-    def _array(self, names: list[str], value: jax.ShapeDtypeStruct, sharding: Sharding) -> jax.Array:
-        read: dict[str, np.ndarray] = {}  # devices that share a slice read it once
+    def _array(
+        self, names: list[str], value: jax.Array | jax.ShapeDtypeStruct, sharding: Sharding
+    ) -> jax.Array:
+        """Tensors of the same shape as one array, stacked if the parameter is a stack of experts.
 
-        def slice_for_device(index: tuple[slice, ...]) -> np.ndarray:
-            key = str(index)
-            if key not in read:
-                read[key] = self._read(names, value, index)
-            return read[key]
+        Each is read once, and its numbers go to every part that a device of this process holds.
+        """
+        stacked = self.parameter.stacked
 
-        array = jax.make_array_from_callback(value.shape, sharding, slice_for_device)
+        def bounds(index: tuple[slice, ...] | None) -> tuple[range, ...]:
+            """Which tensors, rows, columns... of the stack an index of the array covers."""
+            assert index is not None  # only asked of devices that hold something
+            inner = tuple(range(size)[each] for size, each in zip(value.shape, index, strict=True))
+            return inner if stacked else (range(1), *inner)
+
+        held = map(bounds, sharding.addressable_devices_indices_map(value.shape).values())
+        parts = {part: _aligned_empty(tuple(map(len, part)), value.dtype) for part in dict.fromkeys(held)}
+
+        def fill(number: int) -> None:
+            info = self.files.tensors[names[number]]
+            places = [
+                (out[number - part[0].start], part[1:]) for part, out in parts.items() if number in part[0]
+            ]
+            if places:
+                self._read(info, places)
+            self.advance(info.nbytes)
+
+        list(self.pool.map(fill, range(len(names))))
+        array = jax.make_array_from_callback(
+            value.shape,
+            sharding,
+            lambda index: parts[bounds(index)] if stacked else parts[bounds(index)][0],
+        )
         array.block_until_ready()  # the host copy may go before the next one comes
         return array
 
-    def _read(self, names: list[str], value: jax.ShapeDtypeStruct, index: tuple[slice, ...]) -> np.ndarray:
-        """The part of a parameter that `index` names, stacked over experts if it is a stack."""
-        if not self.parameter.stacked:
-            return np.ascontiguousarray(self._tensor(names[0], value.dtype)[index])
-        chosen, inner = names[index[0]], index[1:]
-        shape = np.broadcast_to(np.empty((), np.uint8), value.shape[1:])[inner].shape
-        out = np.empty((len(chosen), *shape), value.dtype)
+    def _read(self, info: TensorInfo, places: list[tuple[np.ndarray, tuple[range, ...]]]) -> None:
+        """Fills arrays, each with the part of one tensor that is given beside it.
 
-        def fill(slot: int) -> None:
-            whole = shape == value.shape[1:]
-            tensor = self._tensor(chosen[slot], value.dtype, out[slot] if whole else None)
-            if not whole:
-                out[slot] = tensor[inner]
+        Bytes are reinterpreted, never cast, but for I64 tables: JAX would cut those to int32 without a word.
+        """
+        in_rows = all(out.shape[1:] == info.shape[1:] for out, _ in places)
+        if in_rows and info.dtype != "I64":
+            for out, (rows, *_) in places:
+                self._check(info, self.files.read(info.name, rows.start, len(rows), out))
+            return
+        tensor = self.files.read(info.name)
+        self._check(info, tensor)
+        for out, part in places:
+            found = tensor[tuple(slice(each.start, each.stop) for each in part)]
+            out[...] = found if info.dtype == "I64" else found.view(out.dtype)
 
-        list(self.pool.map(fill, range(len(chosen))))
-        return out
-
-    def _tensor(self, name: str, dtype, out: np.ndarray | None = None) -> np.ndarray:
-        """One tensor in the dtype of its parameter: bytes reinterpreted, never cast, but for I64 tables."""
-        info = self.files.tensors[name]
-        tensor = self.files.read(name, out=out)
-        self.advance(info.nbytes)
+    def _check(self, info: TensorInfo, tensor: np.ndarray) -> None:
         if info.dtype == "I64":
-            return self._expert_ids(info, tensor)
-        if self.verify == "values":
+            _check_expert_ids(info, tensor, self.config.n_routed_experts)
+        elif self.verify == "values":
             _check_finite(info, tensor)
-        return tensor.view(dtype)
 
-    def _expert_ids(self, info: TensorInfo, table: np.ndarray) -> np.ndarray:
-        low, high = int(table.min()), int(table.max())
-        if low < 0 or high >= self.config.n_routed_experts:
-            raise CheckpointError(
-                f"{info.file}: {info.name} names experts {low} to {high},"
-                f" the model has {self.config.n_routed_experts}"
-            )
-        return table.astype(np.int32)
+
+def _aligned_empty(shape: tuple[int, ...], dtype) -> np.ndarray:
+    nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+    room = np.empty(nbytes + _ALIGNMENT, np.uint8)
+    start = -room.ctypes.data % _ALIGNMENT
+    return room[start : start + nbytes].view(dtype).reshape(shape)
+
+
+def _check_expert_ids(info: TensorInfo, table: np.ndarray, experts: int) -> None:
+    low, high = int(table.min()), int(table.max())
+    if low < 0 or high >= experts:
+        raise CheckpointError(
+            f"{info.file}: {info.name} names experts {low} to {high}, the model has {experts}",
+            hint="download the file again",
+        )
 
 
 def _check_finite(info: TensorInfo, tensor: np.ndarray) -> None:
     if info.dtype == "I8":
         return  # every FP4 code is a number
-    if info.dtype == "F8_E8M0":
-        bad = np.count_nonzero(tensor.view(np.uint8) == E8M0_NAN)
-    elif info.dtype == "F8_E4M3":
-        bad = np.count_nonzero((tensor.view(np.uint8) & 0x7F) == 0x7F)
-    else:
-        wide = tensor.astype(np.float32) if tensor.dtype == ml_dtypes.bfloat16 else tensor
-        bad = wide.size - np.count_nonzero(np.isfinite(wide))
-    if bad:
+    flat = tensor.reshape(-1)
+    chunks = (flat[start : start + _CHECK_AT_ONCE] for start in range(0, flat.size, _CHECK_AT_ONCE))
+    if bad := sum(chunk.size - np.count_nonzero(np.isfinite(chunk)) for chunk in chunks):
         raise NumericError(
             f"{info.file}: {info.name} holds {bad} values that are not finite numbers",
             hint="download the file again",
@@ -297,12 +338,12 @@ def _check_finite(info: TensorInfo, tensor: np.ndarray) -> None:
 
 
 @contextmanager
-def _progress_bar(nbytes: int, shown: bool) -> Iterator[Callable[[int], None]]:
+def progress_bar(label: str, nbytes: int, shown: bool) -> Iterator[Callable[[int], None]]:
     """A bar by bytes on stderr, or nothing; gives a function that moves it on."""
     if not shown:
         yield lambda nbytes: None
         return
-    columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    columns = (TextColumn(label), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("", total=nbytes)
         yield lambda nbytes: bar.advance(task, nbytes)

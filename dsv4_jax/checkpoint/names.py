@@ -9,11 +9,17 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from dsv4_jax.config import Config
 from dsv4_jax.model import Params, declare
 from dsv4_jax.mtp import declare_mtp
+from dsv4_jax.nn.block import Block
+from dsv4_jax.nn.hyper_connection import HyperHead
+from dsv4_jax.nn.linear import Linear
+from dsv4_jax.nn.norm import RMSNorm
+from dsv4_jax.nn.parameter import parameter
 from dsv4_jax.numerics import PLAIN
 from pallas_kernels import QuantArray
 
@@ -87,6 +93,11 @@ TABLE = (
     Entry("mtp.{layer}.hnorm.weight", "mtp.{layer}.hnorm.weight", "BF16"),
     Entry("mtp.{layer}.e_proj", "mtp.{layer}.e_proj.weight", "quantized"),
     Entry("mtp.{layer}.h_proj", "mtp.{layer}.h_proj.weight", "quantized"),
+    Entry("mtp.{layer}.main_proj", "mtp.{layer}.main_proj.weight", "quantized"),
+    Entry("mtp.{layer}.main_norm.weight", "mtp.{layer}.main_norm.weight", "BF16"),
+    Entry("mtp.{layer}.markov_head.markov_w1.weight", "mtp.{layer}.markov_w1", "BF16"),
+    Entry("mtp.{layer}.markov_head.markov_w2.weight", "mtp.{layer}.markov_w2", "BF16"),
+    Entry("mtp.{layer}.confidence_head.proj.weight", "mtp.{layer}.confidence", "BF16"),
     *(Entry(f"mtp.{{layer}}.{name}", f"mtp.{{layer}}.{path}", stored) for name, path, stored in _HYPER_HEAD),
     *(Entry(f"mtp.{{layer}}.{name}", f"mtp.{{layer}}.block.{path}", stored) for name, path, stored in _BLOCK),
 )
@@ -138,47 +149,67 @@ class Parameter(NamedTuple):
                 yield stem, self.entry.stored, self.value.shape
 
 
-def parameters(config: Config, *, mtp: bool) -> list[Parameter]:
-    """Every parameter of the main model in layer order, and with `mtp` those of the MTP head after them.
+class _DSparkStage(nnx.Module):
+    """One stage of a DSpark draft: declared so that its tensors have shapes; nothing runs it.
+
+    The first stage takes in the streams of some layers of the main model, the last one draws tokens.
+    """
+
+    def __init__(self, config: Config, *, first: bool, last: bool):
+        hidden, vocab, rank = config.hidden_size, config.vocab_size, config.dspark_markov_rank or 0
+        self.block = Block(config, PLAIN, ratio=0, hashed=False)
+        if first:
+            targets = len(config.dspark_target_layer_ids or ())
+            self.main_proj = Linear((hidden, targets * hidden), (None, "hidden"), config, PLAIN)
+            self.main_norm = RMSNorm(hidden, "hidden", config.rms_norm_eps)
+        if last:
+            self.norm = RMSNorm(hidden, "hidden", config.rms_norm_eps)
+            self.hc_head = HyperHead(config)
+            self.markov_w1 = parameter((vocab, rank), jnp.bfloat16, "vocab", None)
+            self.markov_w2 = parameter((vocab, rank), jnp.bfloat16, "vocab", None)
+            self.confidence = parameter((1, hidden + rank), jnp.bfloat16, None, None)
+
+
+def parameters(config: Config, *, draft: bool) -> list[Parameter]:
+    """Every parameter of the main model in layer order; with `draft` its MTP head or DSpark draft after it.
 
     Raises:
       KeyError: the model declares a parameter that the table does not know.
     """
     found = _declared((), declare(config, PLAIN))
-    if mtp:
+    if draft and config.draft == "mtp":
         found += _declared(("mtp", 0), declare_mtp(config, PLAIN))
+    elif draft and config.draft == "dspark":
+        last = config.num_draft_layers - 1
+        for stage in range(last + 1):
+            module = _DSparkStage(config, first=stage == 0, last=stage == last)
+            found += _declared(("mtp", stage), module)
     return found
 
 
 def _declared(prefix: tuple[str | int, ...], module: nnx.Module) -> list[Parameter]:
     found = []
-    for path, variable in nnx.to_flat_state(nnx.state(module)):
-        path = (*prefix, *path)
+    for keys, variable in nnx.to_flat_state(nnx.state(module)):
+        path = (*prefix, *(key if isinstance(key, int) else str(key) for key in keys))
         pattern = ".".join("{layer}" if isinstance(key, int) else key for key in path)
         found.append(Parameter(path, _BY_PARAMETER[pattern], variable.get_value(), variable.axes))
     return found
 
 
-def expected_tensors(config: Config, *, mtp: bool) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """dtype and shape of every tensor that a complete checkpoint of this config holds."""
+def expected_tensors(config: Config, *, draft: bool) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """dtype and shape of every tensor in a checkpoint of this config, with `draft` those under `mtp.` too."""
     return {
         name: (dtype, shape)
-        for parameter in parameters(config, mtp=mtp)
-        for name, dtype, shape in parameter.tensors()
+        for each in parameters(config, draft=draft)
+        for name, dtype, shape in each.tensors()
     }
 
 
 _SHARED_COPY = re.compile(r"mtp\..*emb|mtp\..*head\.weight$")
 
 
-def is_ignored(config: Config, tensor: str) -> bool:
-    """Whether a checkpoint may hold `tensor` without the model having a place for it.
-
-    Some checkpoints repeat the shared embedding and head under `mtp.`; the later releases keep a DSpark
-    draft there, which this package does not run.
-    """
-    if config.draft == "dspark":
-        return tensor.startswith("mtp.")
+def is_shared_copy(tensor: str) -> bool:
+    """Whether `tensor` repeats the embedding or the head under `mtp.`, as some checkpoints do."""
     return bool(_SHARED_COPY.match(tensor))
 
 

@@ -1,0 +1,102 @@
+"""Fake devices, cheap compilation, and the golden checkpoints, each loaded once."""
+
+import os
+
+# Read when JAX first compiles. The tests run tiny programs once, so compiling them well costs more than it
+# saves; eight fake devices make meshes. What the user's own XLA_FLAGS say goes first.
+_FLAGS = (
+    "--xla_force_host_platform_device_count=8",
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+)
+_users = os.environ.get("XLA_FLAGS", "")
+_named = {flag.partition("=")[0] for flag in _users.split()}
+os.environ["XLA_FLAGS"] = " ".join([_users, *(flag for flag in _FLAGS if flag.partition("=")[0] not in _named)])
+
+import dataclasses  # noqa: E402
+import functools  # noqa: E402
+import importlib.util  # noqa: E402
+import json  # noqa: E402
+from pathlib import Path  # noqa: E402
+from types import ModuleType  # noqa: E402
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+from dsv4_jax.checkpoint.load import LoadedModel, load  # noqa: E402
+
+TESTS = Path(__file__).parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Golden:
+    """A checkpoint in the official format, and what the official implementation computes for it.
+
+    Attributes:
+      loaded: parameters of the model and its MTP head.
+      expected: arrays of expected.npz, whole-model outputs, with their inputs under "in/".
+      fixtures: arrays of fixtures.npz, the same for single modules.
+      tolerances: for each output how far one may be off.
+    """
+
+    loaded: LoadedModel
+    expected: dict[str, np.ndarray]
+    fixtures: dict[str, np.ndarray]
+    tolerances: dict[str, dict[str, float]]
+
+    def assert_agrees(self, key: str, found: np.ndarray) -> None:
+        """Holds an output against the golden one, under the tolerance written beside it.
+
+        Where rounding may flip a decision, a share `rows` of the rows may be off by up to `row_bound`.
+        """
+        golden = (self.expected | self.fixtures)[key]
+        tolerance = self.tolerances[key]
+        assert found.shape == golden.shape
+        if tolerance.get("exact"):
+            wrong, bounded = found.astype(np.int64) != golden.astype(np.int64), True
+        else:
+            error = np.abs(found.astype(np.float64) - golden.astype(np.float64))
+            wrong = ~(error <= tolerance["max_abs"])  # a NaN is wrong too
+            bounded = (error[wrong] <= tolerance.get("row_bound", 0)).all()
+        bad_rows = wrong.reshape(len(wrong), -1).any(axis=1)
+        assert bad_rows.mean() <= tolerance.get("rows", 0), f"{key}: rows {np.flatnonzero(bad_rows)} are off"
+        assert bounded, f"{key} is off by {error.max():.2e}"
+
+
+@functools.cache
+def _golden(name: str) -> Golden:
+    folder = TESTS / "data" / name
+    archives = {}
+    for part in ("expected", "fixtures"):
+        with np.load(folder / f"{part}.npz", allow_pickle=False) as archive:
+            archives[part] = dict(archive)
+    tolerances = json.loads((folder / "tolerances.json").read_text())
+    return Golden(load(folder, mtp=True), **archives, tolerances=tolerances)
+
+
+@pytest.fixture(scope="session")
+def tiny_fp4() -> Golden:
+    return _golden("tiny-fp4")
+
+
+@pytest.fixture(scope="session")
+def tiny_fp8() -> Golden:
+    return _golden("tiny-fp8")
+
+
+@pytest.fixture(scope="session", params=["tiny-fp4", "tiny-fp8"])
+def golden(request: pytest.FixtureRequest) -> Golden:
+    """Each of the golden checkpoints in turn."""
+    return _golden(request.param)
+
+
+@pytest.fixture(scope="session")
+def dump_outputs() -> ModuleType:
+    """scripts/dump_outputs.py, which computes every golden whole-model output, as a module."""
+    path = TESTS.parent / "scripts" / "dump_outputs.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,147 @@
+"""`LLM`: batches, buckets, text, and what it refuses."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+from dsv4_jax.compiles import count_compiles
+from dsv4_jax.errors import RequestError, TokenizerError
+from dsv4_jax.llm import LLM
+from dsv4_jax.numerics import OFFICIAL, PLAIN
+from dsv4_jax.sampling import SamplingParams
+
+GOLDEN = Path(__file__).parents[1] / "data" / "tiny-fp4"
+GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
+PROMPTS = [[5, 6, 7], list(range(2, 42)), [9] * 17]
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    return LLM.from_pretrained(GOLDEN, numerics=PLAIN)
+
+
+def test_one_prompt_or_a_list_of_them(llm):
+    one = llm.generate(PROMPTS[1], GREEDY)
+    listed = llm.generate([PROMPTS[1]], GREEDY)
+
+    assert len(one) == len(listed) == 1
+    assert one[0].prompt_token_ids == PROMPTS[1]
+    assert one[0].token_ids == listed[0].token_ids
+    assert len(one[0].token_ids) == 8
+
+
+def test_a_prompt_gets_in_a_batch_what_it_gets_alone(llm):
+    sampling = [GREEDY, SamplingParams(max_tokens=5, seed=3, ignore_eos=True), GREEDY]
+
+    together = llm.generate(PROMPTS, sampling)
+    alone = [llm.generate(prompt, params)[0] for prompt, params in zip(PROMPTS, sampling, strict=True)]
+
+    assert [each.token_ids for each in together] == [each.token_ids for each in alone]
+    assert [len(each.token_ids) for each in together] == [8, 5, 8]
+
+
+def test_more_prompts_than_fit_are_answered_in_turns(llm):
+    small = LLM(llm.model, numerics=PLAIN, max_batch=2)
+
+    outputs = small.generate(PROMPTS, GREEDY)
+
+    assert [each.token_ids for each in outputs] == [each.token_ids for each in llm.generate(PROMPTS, GREEDY)]
+
+
+def test_a_second_prompt_of_a_bucket_compiles_nothing(llm):
+    llm.generate(PROMPTS[0], GREEDY)
+
+    with count_compiles() as compiles:
+        other = SamplingParams(max_tokens=9, temperature=0.7, top_p=0.9, seed=4)
+        outputs = llm.generate([3, 1, 4, 1, 5, 9, 2, 6], other)
+
+    assert compiles.count == 0
+    assert outputs[0].timings.compiles == 0
+
+
+def test_eos_ends_an_answer_unless_it_is_ignored(llm):
+    first = llm.generate(PROMPTS[0], GREEDY)[0].token_ids[2]
+    model = llm.model
+    # The third greedy token becomes the EOS, so the answer must end there.
+    config = dataclasses.replace(model.config, eos_token_id=first)
+    stopping = LLM(dataclasses.replace(model, config=config), numerics=PLAIN)
+
+    stopped = stopping.generate(PROMPTS[0], dataclasses.replace(GREEDY, ignore_eos=False))[0]
+    ignored = stopping.generate(PROMPTS[0], GREEDY)[0]
+
+    assert stopped.finish_reason == "stop"
+    assert stopped.token_ids[-1] == first
+    assert len(stopped.token_ids) <= 3
+    assert ignored.finish_reason == "length"
+    assert len(ignored.token_ids) == 8
+
+
+def test_the_released_arithmetic_runs(llm):
+    official = LLM(llm.model, numerics=OFFICIAL)
+
+    output = official.generate(PROMPTS[1], GREEDY)[0]
+
+    assert len(output.token_ids) == 8
+    assert np.isfinite(output.logprob_sum)
+
+
+def test_text_goes_in_and_comes_out_where_there_is_a_tokenizer(tmp_path):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(GOLDEN, folder)
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator(["the quick brown fox jumps over the lazy dog"], trainer)
+    bpe.save(str(folder / "tokenizer.json"))
+    llm = LLM.from_pretrained(folder, numerics=PLAIN)
+
+    output = llm.generate("the quick dog", GREEDY)[0]
+
+    assert output.prompt_token_ids == bpe.encode("the quick dog").ids
+    assert isinstance(output.text, str)
+
+
+def test_a_damaged_tokenizer_is_an_error_of_its_own(tmp_path):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(GOLDEN, folder)
+    (folder / "tokenizer.json").write_text("{")
+
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json"):
+        LLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "sampling", "said"),
+    [
+        ([], GREEDY, "prompts is empty"),
+        ([[]], GREEDY, "prompt 0 is empty"),
+        ([[1], [1, 2.0]], GREEDY, "prompt 1"),
+        ([[1, 512]], GREEDY, r"outside \[0, 512\)"),
+        ([[1, -1]], GREEDY, r"outside \[0, 512\)"),
+        ([[1] * 1024], GREEDY, "1024 tokens"),
+        ([[1] * 1020], GREEDY, "max_tokens 8 more exceed max_len 1024"),
+        ([[1], [2]], [GREEDY], "1 sampling parameters for 2 prompts"),
+        (["text"], GREEDY, "no tokenizer.json"),
+    ],
+    ids=[
+        "no prompts",
+        "an empty prompt",
+        "a float",
+        "an id past the vocabulary",
+        "a negative id",
+        "a prompt that fills the cache",
+        "a prompt that leaves too little room",
+        "too few sampling parameters",
+        "text without a tokenizer",
+    ],
+)
+def test_what_cannot_be_served_is_refused_before_anything_runs(llm, prompts, sampling, said):
+    with pytest.raises(RequestError, match=said) as refused:
+        llm.generate(prompts, sampling)
+
+    assert refused.value.exit_code == 2
