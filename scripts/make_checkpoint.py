@@ -29,7 +29,7 @@ DEMO = dataclasses.replace(
     q_lora_rank=256,
     index_n_heads=16,
     index_topk=64,
-    n_routed_experts=32,
+    n_routed_experts=24,
     moe_intermediate_size=512,
     max_position_embeddings=16384,
 )

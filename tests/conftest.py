@@ -11,7 +11,9 @@ _FLAGS = (
 )
 _users = os.environ.get("XLA_FLAGS", "")
 _named = {flag.partition("=")[0] for flag in _users.split()}
-os.environ["XLA_FLAGS"] = " ".join([_users, *(flag for flag in _FLAGS if flag.partition("=")[0] not in _named)])
+os.environ["XLA_FLAGS"] = " ".join(
+    [_users, *(flag for flag in _FLAGS if flag.partition("=")[0] not in _named)]
+)
 
 import dataclasses  # noqa: E402
 import functools  # noqa: E402

@@ -78,22 +78,23 @@ class CheckpointReport:
 
     def lines(self) -> list[str]:
         """The report in a few lines for humans, long lists cut short."""
-        config, shards = self.config, "shard" if self.shards == 1 else "shards"
+        config = self.config
         dtypes = ", ".join(f"{name} {count:,}" for name, (count, _) in self.dtypes.items())
         ratios = collections.Counter(config.main_ratios)
         layers = ", ".join(f"{ratios[ratio]} {kind}" for ratio, kind in _LAYER_KINDS.items() if ratios[ratio])
-        parameters = f"{_brief(self.main_parameters)} parameters"
+        model = f"{_brief(self.main_parameters)} parameters"
         if self.draft_parameters:
-            parameters += f" + {self.draft} {_brief(self.draft_parameters)}"
+            model += f" + {self.draft} {_brief(self.draft_parameters)}"
         faults = {"missing": self.missing, "unexpected": self.unexpected}
         faults["mismatched"] = [
             f"{name} is {found}, expected {want}" for name, found, want in self.mismatched
         ]
         counts = ", ".join(f"{len(names):,} {fault}" for fault, names in faults.items())
+        size = _brief(self.nbytes, " GB", " MB")
         return [
-            f"{self.shards:,} {shards}, {self.tensors:,} tensors, {_brief(self.nbytes, ' GB', ' MB')}: {dtypes}",
+            f"{self.shards} shard{'s' * (self.shards > 1)}, {self.tensors:,} tensors, {size}: {dtypes}",
             f"DeepSeek-V4: {config.num_hidden_layers} layers ({layers}), hidden {config.hidden_size},"
-            f" {config.n_routed_experts} experts ({self.expert_format}), {parameters}",
+            f" {config.n_routed_experts} experts ({self.expert_format}), {model}",
             f"schema: {'OK ' if self.ok else 'WRONG '}({counts})",
             *(line for fault, names in faults.items() for line in _listed(fault, names)),
         ]
@@ -111,9 +112,9 @@ def inspect_checkpoint(folder: str | Path) -> CheckpointReport:
     """
     config = Config.from_pretrained(folder)
     with WeightFiles.open(folder) as files:
-        draft = holds_draft(config, files)
-        missing, unexpected = missing_and_unexpected(config, files, draft=draft)
-    stored = [as_stored(parameter, files) for parameter in parameters(config, draft=draft)]
+        mtp = holds_draft(config, files)
+        missing, unexpected = missing_and_unexpected(config, files, mtp=mtp)
+    stored = [as_stored(parameter, files) for parameter in parameters(config, mtp=mtp)]
     drafting = [parameter for parameter in stored if parameter.path[0] == "mtp"]
     return CheckpointReport(
         folder=Path(folder),
@@ -126,7 +127,7 @@ def inspect_checkpoint(folder: str | Path) -> CheckpointReport:
         draft_parameters=_count(drafting),
         expert_format=config.expert_dtype,
         scale_dtype=_scale_dtypes(stored),
-        draft=_DRAFTS[config.draft] if config.draft and draft else "none",
+        draft=_DRAFTS[config.draft] if config.draft and mtp else "none",
         missing=missing,
         unexpected=unexpected,
         mismatched=[each for parameter in stored for each in mismatches(parameter, files)],

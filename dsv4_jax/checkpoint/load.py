@@ -26,7 +26,7 @@ from pallas_kernels import QuantArray
 
 READ_THREADS = 8
 _ALIGNMENT = 64  # bytes; a host array that begins at a multiple of it becomes a CPU array without a copy
-_CHECK_AT_ONCE = 2**20  # numbers, so that looking at a tensor takes little memory beside it
+_READ_AT_ONCE = 2**24  # bytes; large tensors are shared out among the threads
 
 Verify = Literal["header", "values"]
 
@@ -85,7 +85,7 @@ def load(
     with WeightFiles.open(folder) as files:
         check_draft(config, files, mtp=mtp)
         _check_names(config, files, mtp=mtp, strict=strict)
-        stored = [resolve(parameter, files) for parameter in parameters(config, draft=mtp)]
+        stored = [resolve(parameter, files) for parameter in parameters(config, mtp=mtp)]
         nbytes = sum(files.tensors[name].nbytes for parameter in stored for name, _, _ in parameter.tensors())
         leaves = {}
         with progress_bar("loading", nbytes, progress) as advance, ThreadPoolExecutor(READ_THREADS) as pool:
@@ -120,20 +120,20 @@ def holds_draft(config: Config, files: WeightFiles) -> bool:
     return config.draft is not None and any(drafts)
 
 
-def missing_and_unexpected(config: Config, files: WeightFiles, *, draft: bool) -> tuple[list[str], list[str]]:
+def missing_and_unexpected(config: Config, files: WeightFiles, *, mtp: bool) -> tuple[list[str], list[str]]:
     """Tensors that the model needs and the folder lacks; and those of the folder that have no place in it.
 
-    `draft`: the model is to have its MTP head or DSpark draft too. One that is there but not asked for is
+    `mtp`: the model is to have its MTP head or DSpark draft too. One that is there but not asked for is
     neither missing nor unexpected, nor are copies of the embedding and the head.
     """
     missing, expected = [], set()
-    for parameter in parameters(config, draft=draft):
+    for parameter in parameters(config, mtp=mtp):
         for stem in parameter.stems():
             names = _names(parameter, stem)
             expected.update(names)
             needed = names[:1] if _is_unquantised(files, names) else names
             missing += [name for name in needed if name not in files.tensors]
-    left_aside = not draft and config.draft is not None
+    left_aside = not mtp and config.draft is not None
     unexpected = [
         name
         for name in files.tensors
@@ -143,7 +143,7 @@ def missing_and_unexpected(config: Config, files: WeightFiles, *, draft: bool) -
 
 
 def _check_names(config: Config, files: WeightFiles, *, mtp: bool, strict: bool) -> None:
-    missing, unexpected = missing_and_unexpected(config, files, draft=mtp)
+    missing, unexpected = missing_and_unexpected(config, files, mtp=mtp)
     if missing:
         raise CheckpointError(
             f"{files.folder}: lacks {_some(missing)}",
@@ -221,6 +221,9 @@ def as_stored(parameter: Parameter, files: WeightFiles) -> Parameter:
     return parameter._replace(value=dataclasses.replace(value, scale=scale))
 
 
+Part = tuple[range, ...]  # which tensors of a stack, and which of their rows, columns...
+
+
 class _Reader:
     """Brings one parameter from its files to its devices."""
 
@@ -259,8 +262,7 @@ class _Reader:
         """
         stacked = self.parameter.stacked
 
-        def bounds(index: tuple[slice, ...] | None) -> tuple[range, ...]:
-            """Which tensors, rows, columns... of the stack an index of the array covers."""
+        def bounds(index: tuple[slice, ...] | None) -> Part:
             assert index is not None  # only asked of devices that hold something
             inner = tuple(range(size)[each] for size, each in zip(value.shape, index, strict=True))
             return inner if stacked else (range(1), *inner)
@@ -268,16 +270,20 @@ class _Reader:
         held = map(bounds, sharding.addressable_devices_indices_map(value.shape).values())
         parts = {part: _aligned_empty(tuple(map(len, part)), value.dtype) for part in dict.fromkeys(held)}
 
-        def fill(number: int) -> None:
+        def fill(job: tuple[int, range]) -> None:
+            number, rows = job
             info = self.files.tensors[names[number]]
-            places = [
-                (out[number - part[0].start], part[1:]) for part, out in parts.items() if number in part[0]
-            ]
+            places = []
+            for (numbers, own, *columns), out in parts.items():
+                shared = range(max(rows.start, own.start), min(rows.stop, own.stop))
+                if number in numbers and shared:
+                    place = out[number - numbers.start, shared.start - own.start : shared.stop - own.start]
+                    places.append((place, (shared, *columns)))
             if places:
-                self._read(info, places)
-            self.advance(info.nbytes)
+                self._read(info, rows, places)
+            self.advance(info.nbytes // info.shape[0] * len(rows))
 
-        list(self.pool.map(fill, range(len(names))))
+        list(self.pool.map(fill, self._jobs(names)))
         array = jax.make_array_from_callback(
             value.shape,
             sharding,
@@ -286,20 +292,27 @@ class _Reader:
         array.block_until_ready()  # the host copy may go before the next one comes
         return array
 
-    def _read(self, info: TensorInfo, places: list[tuple[np.ndarray, tuple[range, ...]]]) -> None:
-        """Fills arrays, each with the part of one tensor that is given beside it.
+    def _jobs(self, names: list[str]) -> Iterator[tuple[int, range]]:
+        """Which tensor and which rows of it to read at once."""
+        for number, info in enumerate(self.files.tensors[name] for name in names):
+            rows = range(info.shape[0])
+            step = max(1, _READ_AT_ONCE * len(rows) // info.nbytes)
+            yield from ((number, rows[start : start + step]) for start in rows[::step])
+
+    def _read(self, info: TensorInfo, rows: range, places: list[tuple[np.ndarray, Part]]) -> None:
+        """Fills arrays, each with the part of a tensor's `rows` that is given beside it.
 
         Bytes are reinterpreted, never cast, but for I64 tables: JAX would cut those to int32 without a word.
         """
-        in_rows = all(out.shape[1:] == info.shape[1:] for out, _ in places)
-        if in_rows and info.dtype != "I64":
-            for out, (rows, *_) in places:
-                self._check(info, self.files.read(info.name, rows.start, len(rows), out))
+        whole_rows = all(out.shape[1:] == info.shape[1:] for out, _ in places)
+        if whole_rows and info.dtype != "I64":
+            for out, (own, *_) in places:
+                self._check(info, self.files.read(info.name, own.start, len(own), out))
             return
-        tensor = self.files.read(info.name)
-        self._check(info, tensor)
-        for out, part in places:
-            found = tensor[tuple(slice(each.start, each.stop) for each in part)]
+        read = self.files.read(info.name, rows.start, len(rows))
+        self._check(info, read)
+        for out, (own, *columns) in places:
+            found = read[(slice(own.start - rows.start, own.stop - rows.start), *map(_as_slice, columns))]
             out[...] = found if info.dtype == "I64" else found.view(out.dtype)
 
     def _check(self, info: TensorInfo, tensor: np.ndarray) -> None:
@@ -307,6 +320,10 @@ class _Reader:
             _check_expert_ids(info, tensor, self.config.n_routed_experts)
         elif self.verify == "values":
             _check_finite(info, tensor)
+
+
+def _as_slice(bounds: range) -> slice:
+    return slice(bounds.start, bounds.stop)
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype) -> np.ndarray:
@@ -328,11 +345,9 @@ def _check_expert_ids(info: TensorInfo, table: np.ndarray, experts: int) -> None
 def _check_finite(info: TensorInfo, tensor: np.ndarray) -> None:
     if info.dtype == "I8":
         return  # every FP4 code is a number
-    flat = tensor.reshape(-1)
-    chunks = (flat[start : start + _CHECK_AT_ONCE] for start in range(0, flat.size, _CHECK_AT_ONCE))
-    if bad := sum(chunk.size - np.count_nonzero(np.isfinite(chunk)) for chunk in chunks):
+    if not np.isfinite(tensor).all():
         raise NumericError(
-            f"{info.file}: {info.name} holds {bad} values that are not finite numbers",
+            f"{info.file}: {info.name} holds values that are not finite numbers",
             hint="download the file again",
         )
 

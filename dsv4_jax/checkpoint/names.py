@@ -170,16 +170,16 @@ class _DSparkStage(nnx.Module):
             self.confidence = parameter((1, hidden + rank), jnp.bfloat16, None, None)
 
 
-def parameters(config: Config, *, draft: bool) -> list[Parameter]:
-    """Every parameter of the main model in layer order; with `draft` its MTP head or DSpark draft after it.
+def parameters(config: Config, *, mtp: bool) -> list[Parameter]:
+    """Every parameter of the main model in layer order; with `mtp` its MTP head or DSpark draft after it.
 
     Raises:
       KeyError: the model declares a parameter that the table does not know.
     """
     found = _declared((), declare(config, PLAIN))
-    if draft and config.draft == "mtp":
+    if mtp and config.draft == "mtp":
         found += _declared(("mtp", 0), declare_mtp(config, PLAIN))
-    elif draft and config.draft == "dspark":
+    elif mtp and config.draft == "dspark":
         last = config.num_draft_layers - 1
         for stage in range(last + 1):
             module = _DSparkStage(config, first=stage == 0, last=stage == last)
@@ -196,12 +196,10 @@ def _declared(prefix: tuple[str | int, ...], module: nnx.Module) -> list[Paramet
     return found
 
 
-def expected_tensors(config: Config, *, draft: bool) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """dtype and shape of every tensor in a checkpoint of this config, with `draft` those under `mtp.` too."""
+def expected_tensors(config: Config, *, mtp: bool) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """dtype and shape of every tensor in a checkpoint of this config, with `mtp` those under `mtp.` too."""
     return {
-        name: (dtype, shape)
-        for each in parameters(config, draft=draft)
-        for name, dtype, shape in each.tensors()
+        name: (dtype, shape) for each in parameters(config, mtp=mtp) for name, dtype, shape in each.tensors()
     }
 
 

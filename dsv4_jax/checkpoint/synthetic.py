@@ -87,7 +87,7 @@ def write_checkpoint(
 
 
 def _tensors(config: Config, *, mtp: bool, scale_dtype: str | None, unquantised: Collection[str]) -> Tensors:
-    tensors = expected_tensors(config, draft=mtp)
+    tensors = expected_tensors(config, mtp=mtp)
     for stem in unquantised:
         if tensors.pop(f"{stem}.scale", None) is None:
             raise ValueError(f"unquantised: {stem!r} is not a quantised linear of this config")

@@ -4,13 +4,18 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.formats import QuantArray, dequantize
+from pallas_kernels.target import current_target
 
 
 def product_operands(
     x: jax.Array | QuantArray, weight: jax.Array | QuantArray
 ) -> tuple[jax.Array, jax.Array]:
-    """Both operands as plain arrays of the narrowest one dtype that loses nothing of either."""
+    """Both operands as plain arrays of one dtype that loses nothing of either.
+
+    On a GPU the narrowest such; a CPU multiplies float32 ten times faster than bfloat16, to the same sums.
+    """
     dtype = jnp.promote_types(_exact_dtype(x), _exact_dtype(weight))
+    dtype = jnp.dtype(jnp.float32) if current_target().vendor == "cpu" else dtype
     return _numbers(x, dtype), _numbers(weight, dtype)
 
 

@@ -1,7 +1,6 @@
 """Block formats: every code against ml_dtypes, every rule against its definition in NumPy."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -91,12 +90,11 @@ def test_fp8_keeps_four_significant_bits_at_the_scale_of_the_block():
 @pytest.mark.parametrize(
     ("byte", "weights"),
     [
-        (0x21, (0.03125, 0.0625)),
-        (0xA3, (0.09375, -0.0625)),
-        (0x7F, (-0.375, 0.375)),
-        (0xE5, (0.1875, -0.25)),
+        pytest.param(0x21, (0.03125, 0.0625), id="byte 0x21"),
+        pytest.param(0xA3, (0.09375, -0.0625), id="byte 0xA3"),
+        pytest.param(0x7F, (-0.375, 0.375), id="byte 0x7F"),
+        pytest.param(0xE5, (0.1875, -0.25), id="byte 0xE5"),
     ],
-    ids="byte {0[0]:#x}".format if False else lambda each: f"byte {each:#x}" if isinstance(each, int) else "",
 )
 def test_a_byte_holds_the_even_column_in_its_low_nibble(byte, weights):
     values = np.zeros((1, 16), np.uint8)
