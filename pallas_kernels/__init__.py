@@ -7,6 +7,7 @@ is faster, kernels that are held against it.
 from pallas_kernels.activation_quant import activation_quant
 from pallas_kernels.block_matmul import block_diagonal_matmul, block_matmul
 from pallas_kernels.compressor import compress
+from pallas_kernels.expert_mlp import ExpertTiles, expert_mlp, prepare_experts
 from pallas_kernels.formats import FORMATS, QuantArray, dequantize, fake_quantize, quantize
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.hyper_connection import hc_head, hc_post, hc_pre
@@ -18,6 +19,7 @@ from pallas_kernels.target import Target, current_target
 
 __all__ = [
     "FORMATS",
+    "ExpertTiles",
     "QuantArray",
     "Target",
     "activation_quant",
@@ -27,6 +29,7 @@ __all__ = [
     "compress",
     "current_target",
     "dequantize",
+    "expert_mlp",
     "fake_quantize",
     "gate_scores",
     "grouped_matmul",
@@ -36,6 +39,7 @@ __all__ = [
     "hc_pre",
     "index_scores",
     "index_select",
+    "prepare_experts",
     "quantize",
     "routing_weights",
     "sort_by_expert",

@@ -19,6 +19,7 @@ import dataclasses  # noqa: E402
 import functools  # noqa: E402
 import importlib.util  # noqa: E402
 import json  # noqa: E402
+from collections.abc import Callable  # noqa: E402
 from pathlib import Path  # noqa: E402
 from types import ModuleType  # noqa: E402
 
@@ -65,31 +66,26 @@ class Golden:
         assert bounded, f"{key} is off by {error.max():.2e}"
 
 
-@functools.cache
-def _golden(name: str) -> Golden:
-    folder = TESTS / "data" / name
-    archives = {}
-    for part in ("expected", "fixtures"):
-        with np.load(folder / f"{part}.npz", allow_pickle=False) as archive:
-            archives[part] = dict(archive)
-    tolerances = json.loads((folder / "tolerances.json").read_text())
-    return Golden(load(folder, mtp=True), **archives, tolerances=tolerances)
+@pytest.fixture(scope="session")
+def load_golden() -> Callable[[str], Golden]:
+    """Gives a golden checkpoint by the name of its folder, read once."""
+
+    @functools.cache
+    def of_name(name: str) -> Golden:
+        folder = TESTS / "data" / name
+        archives = {}
+        for part in ("expected", "fixtures"):
+            with np.load(folder / f"{part}.npz", allow_pickle=False) as archive:
+                archives[part] = dict(archive)
+        tolerances = json.loads((folder / "tolerances.json").read_text())
+        return Golden(load(folder, mtp=True), **archives, tolerances=tolerances)
+
+    return of_name
 
 
 @pytest.fixture(scope="session")
-def tiny_fp4() -> Golden:
-    return _golden("tiny-fp4")
-
-
-@pytest.fixture(scope="session")
-def tiny_fp8() -> Golden:
-    return _golden("tiny-fp8")
-
-
-@pytest.fixture(scope="session", params=["tiny-fp4", "tiny-fp8"])
-def golden(request: pytest.FixtureRequest) -> Golden:
-    """Each of the golden checkpoints in turn."""
-    return _golden(request.param)
+def tiny_fp4(load_golden: Callable[[str], Golden]) -> Golden:
+    return load_golden("tiny-fp4")
 
 
 @pytest.fixture(scope="session")

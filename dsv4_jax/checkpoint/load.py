@@ -22,7 +22,7 @@ from dsv4_jax.errors import CheckpointError, NumericError
 from dsv4_jax.model import Params
 from dsv4_jax.sharding import check_mesh, parameter_sharding
 from dsv4_jax.weight_files import TensorInfo, WeightFiles
-from pallas_kernels import QuantArray
+from pallas_kernels import QuantArray, current_target, prepare_experts
 
 READ_THREADS = 8
 _ALIGNMENT = 64  # bytes; a host array that begins at a multiple of it becomes a CPU array without a copy
@@ -91,7 +91,10 @@ def load(
         with progress_bar("loading", nbytes, progress) as advance, ThreadPoolExecutor(READ_THREADS) as pool:
             for parameter in stored:
                 reader = _Reader(files, parameter, config, verify, pool, advance)
-                leaves[parameter.path] = reader.place(mesh)
+                placed = reader.place(mesh)
+                if parameter.stacked and isinstance(placed, QuantArray) and mesh is None:
+                    placed = prepare_experts(placed, current_target())
+                leaves[parameter.path] = placed
     params = nest(leaves)
     heads = params.pop("mtp", None)
     return LoadedModel(config, params, heads[0] if heads else None, mesh)

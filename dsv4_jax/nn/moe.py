@@ -10,13 +10,11 @@ from dsv4_jax.nn.parameter import parameter, quantized_parameter, scale_dtype
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.sharding import constrain
 from pallas_kernels import (
-    QuantArray,
     block_matmul,
     choose_experts,
+    expert_mlp,
     gate_scores,
-    grouped_matmul,
     routing_weights,
-    sort_by_expert,
     swiglu,
 )
 
@@ -68,23 +66,9 @@ class Experts(nnx.Module):
         self, x: Float[Array, "N M"], experts: Int32[Array, "N A"], weights: Float32[Array, "N A"]
     ) -> Float32[Array, "N M"]:
         """The weighted sum of the outputs of each token's experts."""
-        tokens, chosen = experts.shape
-        order, group_sizes = sort_by_expert(experts, self.config.n_routed_experts)
-        rows = x[order // chosen]
-        gate = self._product(rows, self.w1, group_sizes)
-        up = self._product(rows, self.w3, group_sizes)
-        sorted_weights = weights.reshape(-1)[order]
-        limit, dtype = self.config.swiglu_limit, self.numerics.dtype
-        inner = swiglu(gate, up, sorted_weights, limit=limit, out_dtype=dtype)
-        out = self._product(inner, self.w2, group_sizes)
-        # Back to (token, choice) order before the sum: a token's terms add up in one fixed order.
-        back = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype))
-        return out[back].reshape(tokens, chosen, -1).astype(jnp.float32).sum(1)
-
-    def _product(self, rows: Float[Array, "rows K"], stack: nnx.Param, group_sizes: Int32[Array, " E"]):
-        weight = stack.get_value()
-        operand = self.numerics.quantize_activation(rows) if isinstance(weight, QuantArray) else rows
-        return grouped_matmul(operand, weight, group_sizes, out_dtype=self.numerics.dtype)
+        stacks = (stack.get_value() for stack in (self.w1, self.w2, self.w3))
+        limit, activation = self.config.swiglu_limit, self.numerics.activation
+        return expert_mlp(x, experts, weights, *stacks, limit=limit, activation=activation)
 
 
 class SharedExpert(nnx.Module):

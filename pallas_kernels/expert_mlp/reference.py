@@ -1,0 +1,41 @@
+"""The definition of `expert_mlp`."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.activation_quant import reference as activation_quant
+from pallas_kernels.expert_mlp.tiles import ExpertTiles, from_tiles
+from pallas_kernels.formats import QuantArray
+from pallas_kernels.grouped_matmul import reference as grouped_matmul
+from pallas_kernels.routing import reference as routing
+from pallas_kernels.swiglu import reference as swiglu
+
+Weight = jax.Array | QuantArray | ExpertTiles
+
+
+def expert_mlp(
+    x: jax.Array,
+    experts: jax.Array,
+    weights: jax.Array,
+    w1: Weight,
+    w2: Weight,
+    w3: Weight,
+    limit: float,
+    activation: str | None,
+) -> jax.Array:
+    tokens, choices = experts.shape
+    order, group_sizes = routing.sort_by_expert(experts, w1.shape[0])
+
+    def product(rows: jax.Array, weight: Weight) -> jax.Array:
+        weight = from_tiles(weight) if isinstance(weight, ExpertTiles) else weight
+        quantised = activation is not None and isinstance(weight, QuantArray)
+        operand = activation_quant.activation_quant(rows) if quantised else rows
+        return grouped_matmul.grouped_matmul(operand, weight, group_sizes, x.dtype)
+
+    rows = x[order // choices]
+    share = weights.reshape(-1)[order]
+    inner = swiglu.swiglu(product(rows, w1), product(rows, w3), share, limit, x.dtype)
+    out = product(inner, w2)
+    # Back to (token, choice) order before the sum: a token's terms add up in one fixed order.
+    back = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype))
+    return out[back].reshape(tokens, choices, -1).astype(jnp.float32).sum(1)

@@ -1,0 +1,177 @@
+#!/usr/bin/env python3
+"""Times the routed experts of a layer, FP4 weights, at the shapes of DeepSeek-V4-Flash and -Pro.
+
+Every case is checked against the reference in the same run. A call reads the weights of all experts that its
+tokens chose, far more than the L2 holds; each call of a run has tokens and routing of its own.
+
+  python scripts/bench/expert_mlp.py --tokens 1 8 32 128 --results scripts/bench/results/h200.json
+  python scripts/bench/expert_mlp.py --sweep     times candidate tilings, best last
+"""
+
+import argparse
+import functools
+import itertools
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from harness import facts, save
+
+from dsv4_jax.config import FLASH, PRO
+from pallas_kernels import ExpertTiles, QuantArray, expert_mlp
+from pallas_kernels.expert_mlp import to_tiles
+from pallas_kernels.expert_mlp import triton as kernels
+from pallas_kernels.expert_mlp.triton import Tiling
+
+MODELS = {"flash": FLASH, "pro": PRO}
+LIMIT = 10.0
+COPY_BYTES_PER_S = 4.3e12  # what a plain copy reaches on an H200
+FP8_FLOP_PER_S = 1.48e15
+
+CANDIDATES = {
+    16: [(64, 16, 4, 4), (64, 16, 4, 6), (128, 16, 4, 4), (128, 16, 8, 4), (32, 16, 4, 4)],
+    32: [(64, 32, 4, 4), (128, 32, 4, 4), (128, 32, 8, 4)],
+    64: [(64, 64, 4, 3), (128, 64, 8, 3), (64, 64, 8, 4), (128, 64, 4, 3)],
+    128: [(64, 128, 8, 3), (128, 128, 8, 3), (64, 128, 4, 3)],
+}
+
+
+def made_up_experts(config, key: jax.Array) -> tuple[ExpertTiles, ExpertTiles, ExpertTiles]:
+    """w1, w2, w3 in tiles, with scales that differ from group to group."""
+    experts, hidden, inner = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+
+    @functools.partial(jax.jit, static_argnums=(1, 2))
+    def stack(key, rows, columns):
+        values = jax.random.bits(jax.random.fold_in(key, 0), (experts, rows, columns // 2), jnp.uint8)
+        scale = jax.random.randint(jax.random.fold_in(key, 1), (experts, rows, columns // 32), 117, 121)
+        return QuantArray(values, scale.astype(jnp.uint8), "fp4_group32")
+
+    shapes = ((inner, hidden), (hidden, inner), (inner, hidden))
+    w1, w2, w3 = (to_tiles(stack(jax.random.fold_in(key, n), *shape)) for n, shape in enumerate(shapes))
+    return w1, w2, w3
+
+
+def requests(config, tokens: int, count: int, key: jax.Array) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
+    """`count` sets of activations, chosen experts and routing weights."""
+    made = []
+    for n in range(count):
+        keys = jax.random.split(jax.random.fold_in(key, n), 3)
+        x = (0.5 * jax.random.normal(keys[0], (tokens, config.hidden_size))).astype(jnp.bfloat16)
+        affinity = jax.random.uniform(keys[1], (tokens, config.n_routed_experts))
+        experts = jax.lax.top_k(affinity, config.num_experts_per_tok)[1]
+        made.append((x, experts, jax.random.uniform(keys[2], experts.shape) / config.num_experts_per_tok))
+    return made
+
+
+def floor_us(config, experts: list[jax.Array], fp8: bool) -> float:
+    """The longer of reading the chosen experts' weights once and doing the arithmetic."""
+    size = 3 * config.hidden_size * config.moe_intermediate_size
+    touched = sum(len(set(chosen.reshape(-1).tolist())) for chosen in experts) / len(experts)
+    read = touched * size * (0.5 + 1 / 32) / COPY_BYTES_PER_S
+    compute = 2 * experts[0].size * size / (FP8_FLOP_PER_S if fp8 else FP8_FLOP_PER_S / 2)
+    return max(read, compute) * 1e6
+
+
+def time_us(run, inputs, weights, repeats: int = 5) -> float:
+    """Median microseconds of one call, of all of `inputs` in one program."""
+
+    @jax.jit
+    def all_of_them(inputs, weights):
+        return [run(*each, *weights) for each in inputs]
+
+    jax.block_until_ready(all_of_them(inputs, weights))
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(all_of_them(inputs, weights))
+        times.append(time.perf_counter() - start)
+    return sorted(times)[repeats // 2] / len(inputs) * 1e6
+
+
+def relative_error(out: jax.Array, expected: jax.Array) -> float:
+    return float(jnp.linalg.norm(out - expected) / jnp.linalg.norm(expected))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", choices=list(MODELS), default="flash")
+    parser.add_argument("--tokens", type=int, nargs="*", default=[1, 8, 32, 128, 512, 2048, 8192])
+    parser.add_argument("--activation", choices=["fp8_token128", "none"], default="fp8_token128")
+    parser.add_argument("--sweep", action="store_true", help="try candidate tilings instead of the table's")
+    parser.add_argument("--seconds", type=float, default=1e9, help="stop starting new cases after so long")
+    parser.add_argument("--results", type=Path, help="JSON file to add rows to")
+    arguments = parser.parse_args()
+    started, rows = time.perf_counter(), []
+
+    config = MODELS[arguments.model]
+    activation = None if arguments.activation == "none" else arguments.activation
+    weights = made_up_experts(config, jax.random.key(1, impl="rbg"))
+    jax.block_until_ready(weights)
+    print(f"weights made in {time.perf_counter() - started:.1f} s", flush=True)
+
+    def call(x, experts, shares, w1, w2, w3, *, implementation=None):
+        options = {"limit": LIMIT, "activation": activation, "implementation": implementation}
+        return expert_mlp(x, experts, shares, w1, w2, w3, **options)
+
+    for tokens in arguments.tokens:
+        inputs = requests(config, tokens, max(2, min(16, 4096 // tokens)), jax.random.key(tokens))
+        floor = floor_us(config, [each[1] for each in inputs], activation is not None)
+        expected = jax.jit(functools.partial(call, implementation="reference"))(*inputs[0], *weights)
+
+        def report(name: str, run, floor=floor, inputs=inputs, expected=expected, tokens=tokens) -> float:
+            error = relative_error(jax.jit(run)(*inputs[0], *weights), expected)
+            us = time_us(run, inputs, weights)
+            print(
+                f"T={tokens} {name}: {us:.1f} us, floor {floor:.1f} ({floor / us:.0%}), error {error:.1e}",
+                flush=True,
+            )
+            row = {"id": f"moe {arguments.model} T={tokens}", "implementation": name, "us": round(us, 1)}
+            rows.append(row | {"floor_us": round(floor, 1), "rel_err": error} | facts())
+            return us
+
+        if not arguments.sweep:
+            report(
+                f"triton {'w4a8' if activation else 'w4a16'}",
+                functools.partial(call, implementation="triton"),
+            )
+            continue
+        timed = []
+        base = kernels.tilings_for(tokens * config.num_experts_per_tok)
+        options = [Tiling(*each) for each in itertools.chain(*_near(base[0].tokens))]
+        for place in (0, 1):
+            for tiling in options:
+                if time.perf_counter() - started > arguments.seconds:
+                    break
+                pair = (tiling, base[1]) if place == 0 else (base[0], tiling)
+                if pair[place].rows * pair[place].tokens > 128 * 128:
+                    continue
+
+                def run(x, experts, shares, w1, w2, w3, pair=pair):
+                    return kernels.expert_mlp(x, experts, shares, w1, w2, w3, LIMIT, activation, tilings=pair)
+
+                try:
+                    timed.append((report(f"{'gate_up' if place == 0 else 'down'} {pair[place]}", run), pair))
+                except Exception as error:  # a tiling that does not fit the chip is a result too
+                    print(f"T={tokens} {pair}: {type(error).__name__} {str(error)[:150]}", flush=True)
+        rows.clear()
+        print(f"T={tokens} best: {min(timed, key=lambda each: each[0])}", flush=True)
+
+    if arguments.results and rows:
+        save(rows, arguments.results)
+    return 0
+
+
+def _near(tokens: int):
+    """Candidate tilings with so many tokens, half and twice as many."""
+    return [sizes for width, sizes in CANDIDATES.items() if width in (tokens // 2, tokens, tokens * 2)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,484 @@
+"""From files to parameters: the numbers that were stored, and one clear line for what cannot be loaded."""
+
+import dataclasses
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from dsv4_jax.checkpoint import load as load_module
+from dsv4_jax.checkpoint.load import CheckpointWarning, LoadedModel, load
+from dsv4_jax.checkpoint.names import parameters
+from dsv4_jax.checkpoint.synthetic import write_checkpoint
+from dsv4_jax.config import TINY, Config
+from dsv4_jax.errors import CheckpointError, ConfigError, MemoryPlanError, NumericError
+from dsv4_jax.sharding import make_mesh
+from dsv4_jax.weight_files import WeightFiles
+from pallas_kernels import QuantArray, dequantize
+
+GOLDEN = Path(__file__).parent.parent / "data"
+
+# The last blocks of most linears are partial, and no size is another's.
+ODD = dataclasses.replace(
+    TINY, hidden_size=160, moe_intermediate_size=96, q_lora_rank=64, o_lora_rank=192, n_routed_experts=6
+)
+DSPARK = dataclasses.replace(
+    TINY,
+    compress_ratios=(*TINY.main_ratios, 0, 0, 0),
+    dspark_block_size=2,
+    dspark_noise_token_id=7,
+    dspark_target_layer_ids=(2, 3, 4),
+    dspark_markov_rank=32,
+)
+
+Tensors = dict[str, np.ndarray]
+
+
+def read_all(folder: Path) -> Tensors:
+    with WeightFiles.open(folder) as files:
+        return {name: files.read(name) for name in files.tensors}
+
+
+def write(folder: Path, config: Config, tensors: Tensors) -> Path:
+    """A checkpoint of one shard."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made_up(tmp_path_factory) -> Path:
+    """TINY with FP4 experts and its MTP head."""
+    folder = tmp_path_factory.mktemp("load") / "tiny"
+    write_checkpoint(folder, TINY)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tensors(made_up) -> Tensors:
+    return read_all(made_up)
+
+
+@pytest.fixture
+def changed(tmp_path, tensors) -> Callable[[Tensors], Path]:
+    """A copy of `made_up` with some tensors in place of others; those that are None are left out."""
+
+    def write_changed(changes: dict[str, np.ndarray | None], config: Config = TINY) -> Path:
+        kept = {name: each for name, each in (tensors | changes).items() if each is not None}
+        return write(tmp_path / "changed", config, kept)
+
+    return write_changed
+
+
+def leaves(model: LoadedModel) -> dict[str, np.ndarray]:
+    found, _ = jax.tree.flatten_with_path((model.params, model.mtp_params))
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in found}
+
+
+def assert_same(found: LoadedModel, expected: LoadedModel) -> None:
+    assert found.config == expected.config
+    found_leaves, expected_leaves = leaves(found), leaves(expected)
+    assert found_leaves.keys() == expected_leaves.keys()
+    for path, leaf in expected_leaves.items():
+        assert found_leaves[path].dtype == leaf.dtype
+        assert found_leaves[path].tobytes() == leaf.tobytes(), path
+
+
+# An independent reading of the files, from the formats' definitions and with numpy alone.
+
+
+def decode(folder: Path) -> dict[str, np.ndarray]:
+    """What each tensor stands for, float32 where it is not I64, block scales multiplied in."""
+    raw = {}
+    for shard in folder.glob("*.safetensors"):
+        content = shard.read_bytes()
+        (header_nbytes,) = struct.unpack("<Q", content[:8])
+        body = content[8 + header_nbytes :]
+        for name, entry in json.loads(content[8 : 8 + header_nbytes]).items():
+            if name != "__metadata__":
+                begin, end = entry["data_offsets"]
+                raw[name] = entry["dtype"], entry["shape"], np.frombuffer(body[begin:end], np.uint8)
+    decoded = {}
+    for name, (dtype, shape, data) in raw.items():
+        *outer, last = shape
+        decoded[name] = _numbers(dtype, data).reshape(*outer, 2 * last if dtype == "I8" else last)
+    for name in [name for name in decoded if name.endswith(".scale")]:
+        weight = name.replace(".scale", ".weight")
+        rows, columns = np.indices(decoded[weight].shape)
+        block = (rows, columns // 32) if raw[weight][0] == "I8" else (rows // 128, columns // 128)
+        decoded[weight] = decoded[weight] * decoded[name][block]
+    return decoded
+
+
+def _numbers(dtype: str, data: np.ndarray) -> np.ndarray:
+    match dtype:
+        case "I8":
+            codes = np.stack([data % 16, data // 16], axis=-1).reshape(-1)
+            magnitude = np.float32([0, 0.5, 1, 1.5, 2, 3, 4, 6])[codes % 8]
+            return np.where(codes >= 8, -magnitude, magnitude)
+        case "F8_E4M3":
+            exponent, mantissa = (data >> 3).astype(np.float32) % 16, (data & 7).astype(np.float32)
+            magnitude = np.where(exponent == 0, mantissa * 2**-9, (8 + mantissa) * 2 ** (exponent - 10))
+            return np.where(data >= 128, -magnitude, magnitude)
+        case "F8_E8M0":
+            return 2 ** (data.astype(np.float32) - 127)
+        case "BF16":
+            return (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+        case "F32":
+            return data.view(np.float32)
+        case "I64":
+            return data.view(np.int64)
+    raise AssertionError(dtype)
+
+
+def assert_loaded_as_stored(folder: Path) -> None:
+    model, stored = load(folder, mtp=True), decode(folder)
+    for parameter in parameters(model.config, mtp=True):
+        value = model.params | {"mtp": [model.mtp_params]}
+        for key in parameter.path:
+            value = value[key]
+        loaded = np.asarray(dequantize(value) if isinstance(value, QuantArray) else value)
+        names = [stem if stem in stored else f"{stem}.weight" for stem in parameter.stems()]
+        expected = np.stack([stored[name] for name in names]) if parameter.stacked else stored[names[0]]
+        np.testing.assert_array_equal(loaded.astype(expected.dtype), expected, str(parameter.path))
+
+
+@pytest.mark.parametrize("name", ["tiny-fp4", "tiny-fp8"])
+def test_parameters_of_a_golden_checkpoint_are_the_numbers_in_its_files(name):
+    assert_loaded_as_stored(GOLDEN / name)
+
+
+@pytest.mark.parametrize("expert_dtype", ["fp4", "fp8", "bf16"])
+def test_parameters_with_partial_blocks_are_the_numbers_in_the_files(tmp_path, expert_dtype):
+    write_checkpoint(tmp_path / "odd", dataclasses.replace(ODD, expert_dtype=expert_dtype))
+
+    assert_loaded_as_stored(tmp_path / "odd")
+
+
+def test_numbers_stay_in_the_formats_they_are_stored_in(made_up):
+    params = load(made_up, mtp=True).params
+    layer = params["layers"][1]
+
+    assert layer["attn"]["wq_a"]["weight"].values.dtype == jnp.float8_e4m3fn
+    assert layer["attn"]["wq_a"]["weight"].scale.dtype == jnp.uint8
+    assert layer["ffn"]["experts"]["w1"].values.dtype == jnp.uint8
+    assert layer["ffn"]["experts"]["w1"].values.shape == (8, 128, 64)
+    assert layer["ffn"]["gate"]["tid2eid"].dtype == jnp.int32
+    assert layer["attn_norm"]["weight"].dtype == jnp.bfloat16
+    assert layer["attn"]["attn_sink"].dtype == jnp.float32
+
+
+def test_every_byte_of_an_e8m0_scale_is_an_exponent_and_never_a_number(changed, tensors):
+    name = "layers.0.ffn.experts.3.w1.scale"
+    codes = np.arange(tensors[name].size, dtype=np.uint8).reshape(tensors[name].shape)  # all but NaN's in 512
+    folder = changed({name: codes.view(ml_dtypes.float8_e8m0fnu)})
+
+    scale = load(folder).params["layers"][0]["ffn"]["experts"]["w1"].scale
+
+    np.testing.assert_array_equal(scale[3], codes)
+
+
+def test_large_tensors_read_in_pieces_are_the_same(made_up, monkeypatch):
+    whole = load(made_up, mtp=True)
+
+    monkeypatch.setattr(load_module, "_READ_AT_ONCE", 1000)
+
+    assert_same(load(made_up, mtp=True), whole)
+    assert_same(load(made_up, mtp=True, mesh=make_mesh(ep=2, tp=2)), whole)
+
+
+# Meshes.
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"tp": 2}, {"ep": 8}, {"ep": 4, "tp": 2}, {"dp": 2, "ep": 2, "tp": 2}], ids=str
+)
+def test_a_mesh_holds_the_same_numbers_and_each_byte_is_read_once(made_up, tensors, monkeypatch, sizes):
+    single = load(made_up, mtp=True)
+    times_read = {name: np.zeros(each.shape[0], int) for name, each in tensors.items()}
+    read = WeightFiles.read
+
+    def counted(files, name, start=0, count=None, out=None):
+        rows = read(files, name, start, count, out)
+        times_read[name][start : start + len(rows)] += 1
+        return rows
+
+    monkeypatch.setattr(WeightFiles, "read", counted)
+    spread = load(made_up, mtp=True, mesh=make_mesh(**sizes), verify="values")
+
+    assert_same(spread, single)
+    assert all((times == 1).all() for times in times_read.values())
+
+
+def test_a_device_holds_its_own_part_only(made_up):
+    mesh = make_mesh(ep=4, tp=2)
+
+    layer = load(made_up, mesh=mesh).params["layers"][0]
+
+    assert layer["ffn"]["experts"]["w1"].values.addressable_shards[0].data.shape == (2, 64, 64)
+    assert layer["attn"]["wq_b"]["weight"].values.addressable_shards[0].data.shape == (256, 128)
+    assert layer["attn_norm"]["weight"].sharding.is_fully_replicated
+
+
+def test_a_mesh_that_does_not_divide_the_model_is_refused(made_up):
+    with pytest.raises(MemoryPlanError, match=r"tp=4 does not divide o_groups 2") as caught:
+        load(made_up, mesh=make_mesh(tp=4))
+
+    assert caught.value.exit_code == 2
+
+
+# What a checkpoint may leave open.
+
+
+def test_a_linear_stored_as_bf16_without_a_scale_is_loaded_unquantised(changed, tensors):
+    weight = np.random.default_rng(0).normal(size=(128, 128)).astype(ml_dtypes.bfloat16)
+    folder = changed({"layers.2.attn.wq_a.weight": weight, "layers.2.attn.wq_a.scale": None})
+
+    loaded = load(folder, strict=True).params["layers"][2]["attn"]["wq_a"]["weight"]
+
+    assert loaded.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(np.asarray(loaded), weight)
+
+
+def test_scales_may_be_float32_beside_fp4_experts(tmp_path):
+    write_checkpoint(tmp_path / "base", TINY, scale_dtype="F32")
+
+    assert load(tmp_path / "base").params["layers"][0]["ffn"]["experts"]["w1"].scale.dtype == jnp.float32
+    assert_loaded_as_stored(tmp_path / "base")
+
+
+@pytest.mark.parametrize("expert_dtype", ["fp4", "fp8", "bf16"])
+def test_an_expert_dtype_that_config_json_lacks_is_told_by_the_tensors(tmp_path, expert_dtype):
+    config = dataclasses.replace(TINY, expert_dtype=expert_dtype)
+    write_checkpoint(tmp_path / "first-upload", config)
+    path = tmp_path / "first-upload" / "config.json"
+    raw = json.loads(path.read_text())
+    del raw["expert_dtype"]
+    path.write_text(json.dumps(raw))
+
+    assert load(path.parent).config == config
+
+
+def test_an_unknown_expert_dtype_is_refused(made_up, tmp_path, tensors):
+    folder = write(tmp_path / "int4", TINY, tensors)
+    raw = TINY.to_dict() | {"expert_dtype": "int4"}
+    (folder / "config.json").write_text(json.dumps(raw))
+
+    with pytest.raises(ConfigError, match="expert_dtype is 'int4', want 'fp4' or 'fp8'"):
+        load(folder)
+
+
+def test_the_wrong_expert_dtype_is_told_by_both_dtypes(changed):
+    folder = changed({}, dataclasses.replace(TINY, expert_dtype="fp8"))
+
+    assert refusal(folder).message.endswith(
+        "layers.0.ffn.experts.0.w1.weight is I8 [128, 64], expected F8_E4M3 [128, 128]"
+    )
+
+
+def test_a_dspark_checkpoint_loads_without_its_draft(tmp_path, recwarn):
+    write_checkpoint(tmp_path / "dspark", DSPARK)
+
+    model = load(tmp_path / "dspark", strict=True)
+
+    assert model.mtp_params is None
+    assert len(model.params["layers"]) == 5
+    assert not recwarn
+
+
+def test_asking_a_dspark_checkpoint_for_mtp_says_what_it_holds(tmp_path):
+    write_checkpoint(tmp_path / "dspark", DSPARK)
+
+    error = refusal(tmp_path / "dspark", mtp=True)
+
+    assert error.message == f"{tmp_path / 'dspark'}: holds a DSpark draft and no MTP head"
+    assert "load it without MTP" in error.hint
+
+
+def test_a_checkpoint_without_its_mtp_head_loads_until_it_is_asked_for(tmp_path):
+    write_checkpoint(tmp_path / "main", TINY, mtp=False)
+
+    assert load(tmp_path / "main", strict=True).mtp_params is None
+    assert refusal(tmp_path / "main", mtp=True).message.endswith("holds no MTP weights (mtp.0.*)")
+
+
+def test_copies_of_the_embedding_are_ignored_and_are_no_mtp_head(tmp_path, tensors):
+    copies = {
+        "mtp.0.emb.tok_emb.weight": tensors["embed.weight"],
+        "mtp.0.head.weight": tensors["head.weight"],
+    }
+    main = {name: each for name, each in tensors.items() if not name.startswith("mtp.")}
+    folder = write(tmp_path / "copies", TINY, main | copies)
+
+    assert load(folder, strict=True).mtp_params is None
+    assert "holds no MTP weights" in refusal(folder, mtp=True).message
+
+
+def test_a_head_that_is_not_asked_for_is_not_loaded(made_up, recwarn):
+    assert load(made_up, strict=True).mtp_params is None
+    assert not recwarn
+
+
+# What cannot be loaded.
+
+
+def refusal(folder: Path, **options) -> CheckpointError:
+    with pytest.raises(CheckpointError) as caught:
+        load(folder, **options)
+    assert caught.value.exit_code == 65
+    assert str(folder) in caught.value.message
+    assert "\n" not in str(caught.value)
+    return caught.value
+
+
+def test_a_folder_that_is_not_there_is_said_so(tmp_path):
+    with pytest.raises(CheckpointError, match="no such directory") as caught:
+        load(tmp_path / "absent")
+
+    assert caught.value.exit_code == 66
+
+
+def test_missing_tensors_are_named(changed):
+    absent = ["layers.1.attn_norm.weight", "layers.2.ffn.experts.5.w2.weight", "layers.3.attn.wkv.scale"]
+    folder = changed(dict.fromkeys(absent))
+
+    error = refusal(folder)
+
+    assert error.message.endswith(f"lacks {', '.join(absent)}")
+    assert "download" in error.hint
+
+
+def test_a_long_list_of_missing_tensors_is_cut_short(changed, tensors):
+    error = refusal(changed({name: None for name in tensors if name.startswith("layers.1.")}))
+
+    assert "and 85 more tensors" in error.message
+    assert len(error.message) < 300
+
+
+def test_a_missing_tensor_of_the_mtp_head_matters_only_when_it_is_asked_for(changed):
+    folder = changed({"mtp.0.enorm.weight": None})
+
+    load(folder, strict=True)
+    assert refusal(folder, mtp=True).message.endswith("lacks mtp.0.enorm.weight")
+
+
+def test_unexpected_tensors_are_a_warning_and_with_strict_an_error(changed):
+    folder = changed({"layers.9.attn_norm.weight": np.zeros(128, np.float32)})
+
+    with pytest.warns(CheckpointWarning, match=r"layers\.9\.attn_norm\.weight ignored") as caught:
+        load(folder)
+    assert caught[0].filename == __file__
+    assert (
+        "layers.9.attn_norm.weight, which the model has no place for" in refusal(folder, strict=True).message
+    )
+
+
+def test_mtp_tensors_of_a_config_without_mtp_are_unexpected(changed):
+    config = dataclasses.replace(TINY, num_nextn_predict_layers=0, compress_ratios=TINY.main_ratios)
+
+    with pytest.warns(CheckpointWarning, match=r"mtp\.0\..* more tensors ignored"):
+        load(changed({}, config))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("layers.0.attn.wq_a.weight", np.zeros((128, 64), ml_dtypes.float8_e4m3fn), "F8_E4M3 [128, 64]"),
+        ("layers.0.attn.wq_a.weight", np.zeros((128, 128), ml_dtypes.float8_e5m2), "F8_E5M2 [128, 128]"),
+        ("layers.0.attn.wq_a.weight", np.zeros((128, 128), ml_dtypes.bfloat16), "BF16 [128, 128]"),
+        ("layers.0.attn.wq_a.scale", np.zeros((1, 2), ml_dtypes.float8_e8m0fnu), "F8_E8M0 [1, 2]"),
+        ("layers.0.attn.wq_a.scale", np.zeros((1, 1), np.uint8), "U8 [1, 1]"),
+        ("layers.0.ffn.experts.7.w3.weight", np.zeros((128, 64), np.uint8), "U8 [128, 64]"),
+        ("layers.0.ffn.experts.7.w3.scale", np.ones((128, 4), np.float32), "F32 [128, 4]"),
+        ("norm.weight", np.ones(128, np.float32), "F32 [128]"),
+        ("layers.0.attn.attn_sink", np.ones((4, 1), np.float32), "F32 [4, 1]"),
+        ("layers.0.ffn.gate.tid2eid", np.zeros((512, 2), np.int32), "I32 [512, 2]"),
+    ],
+)
+def test_a_tensor_of_another_dtype_or_shape_is_told_beside_the_one_needed(
+    changed, tensors, name, value, message
+):
+    error = refusal(changed({name: value}))
+
+    assert f"{name} is {message}, expected " in error.message
+    assert str(list(tensors[name].shape)) in error.message
+    assert "config.json" in error.hint
+
+
+def test_one_expert_in_another_format_than_the_rest_is_refused(changed):
+    stem = "layers.0.ffn.experts.2.w2"
+    folder = changed({f"{stem}.weight": np.zeros((128, 128), ml_dtypes.bfloat16), f"{stem}.scale": None})
+
+    assert f"{stem}.weight is BF16 [128, 128], expected I8 [128, 64]" in refusal(folder).message
+
+
+@pytest.mark.parametrize(
+    ("place", "expert", "named"), [(0, 8, "0 to 8"), (511, -1, "-1 to 7"), (300, 2**40, "0 to 1099511627776")]
+)
+def test_a_hash_table_that_names_an_expert_the_model_lacks_is_refused(changed, tensors, place, expert, named):
+    table = tensors["layers.1.ffn.gate.tid2eid"].copy()
+    table[0], table[1] = 0, 7
+    table[place, 1] = expert
+
+    error = refusal(changed({"layers.1.ffn.gate.tid2eid": table}))
+
+    assert f"layers.1.ffn.gate.tid2eid names experts {named}, the model has 8" in error.message
+
+
+def with_one(array: np.ndarray, code: int) -> np.ndarray:
+    """A copy whose last value has these bits."""
+    changed = array.copy()
+    changed.view(f"u{array.itemsize}")[(-1,) * array.ndim] = code
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [
+        ("layers.0.ffn.experts.7.w3.scale", 0xFF),
+        ("layers.0.attn.wq_a.scale", 0xFF),
+        ("layers.0.attn.wo_b.weight", 0x7F),
+        ("layers.0.attn.wo_b.weight", 0xFF),
+        ("layers.0.attn_norm.weight", 0x7FC0),
+        ("embed.weight", 0xFF80),
+        ("layers.4.ffn.gate.bias", 0x7F800000),
+        ("mtp.0.hc_head_fn", 0x7FC00001),
+    ],
+)
+def test_numbers_that_are_not_finite_are_found_when_values_are_verified(changed, tensors, name, code):
+    folder = changed({name: with_one(tensors[name], code)})
+
+    load(folder, mtp=True)
+    with pytest.raises(NumericError, match=f"{name} holds values that are not finite numbers") as caught:
+        load(folder, mtp=True, verify="values")
+    assert caught.value.exit_code == 70
+
+
+def test_the_largest_numbers_of_every_format_pass_as_finite(changed, tensors):
+    largest = {
+        "layers.0.ffn.experts.7.w3.scale": 0xFE,
+        "layers.0.ffn.experts.7.w3.weight": 0x7F,
+        "layers.0.attn.wo_b.weight": 0x7E,
+        "norm.weight": 0x7F7F,
+        "layers.4.ffn.gate.bias": 0xFF7FFFFF,
+    }
+
+    load(changed({name: with_one(tensors[name], code) for name, code in largest.items()}), verify="values")
+
+
+def test_progress_goes_to_stderr_and_ends_at_all_bytes(made_up, capsys):
+    load(made_up, mesh=make_mesh(ep=2, tp=2), progress=True)
+
+    captured = capsys.readouterr()
+    assert not captured.out
+    assert "loading" in captured.err
+    done, total = captured.err.split()[-4].split("/")
+    assert done == total
