@@ -21,6 +21,13 @@ class Target:
     vendor: Vendor
     arch: str
 
+    @property
+    def has_e4m3(self) -> bool:
+        """Whether the chip's matrix units take float8_e4m3fn; gfx942's take another FP8, sm_80's none."""
+        if self.vendor == "cuda":
+            return int(self.arch.removeprefix("sm_")) >= 90
+        return self.vendor == "rocm" and self.arch == "gfx950"
+
 
 @functools.cache
 def current_target() -> Target:

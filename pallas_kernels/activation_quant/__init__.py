@@ -5,8 +5,23 @@ from jaxtyping import Array, Float
 from pallas_kernels.activation_quant import reference
 from pallas_kernels.dispatch import Implementation, select
 from pallas_kernels.formats import QuantArray
+from pallas_kernels.target import Target
 
-IMPLEMENTATIONS = (Implementation("reference", reference.activation_quant),)
+
+def _run_triton(x) -> QuantArray:
+    from pallas_kernels.activation_quant import triton  # Triton is an extra that a CPU does without
+
+    return triton.activation_quant(x)
+
+
+def _triton_fits(target: Target, x) -> bool:
+    return target.has_e4m3 and x.shape[-1] % 128 == 0 and x.size > 0
+
+
+IMPLEMENTATIONS = (
+    Implementation("triton", _run_triton, fits=_triton_fits),
+    Implementation("reference", reference.activation_quant),
+)
 
 
 def activation_quant(x: Float[Array, "*tokens K"], *, implementation: str | None = None) -> QuantArray:

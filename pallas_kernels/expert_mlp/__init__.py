@@ -18,8 +18,8 @@ def _run_triton(*args, **kwargs):
 
 def _triton_fits(target: Target, x, experts, weights, w1, w2, w3, limit, activation) -> bool:
     tiled = all(isinstance(weight, ExpertTiles) for weight in (w1, w2, w3))
-    on_fp8 = target.arch in ("sm_90", "sm_100", "sm_120", "gfx950")
-    return tiled and target.vendor != "cpu" and x.dtype == jnp.bfloat16 and (activation is None or on_fp8)
+    operands = x.dtype == jnp.bfloat16 and (activation is None or target.has_e4m3)
+    return target.vendor != "cpu" and tiled and operands
 
 
 IMPLEMENTATIONS = (

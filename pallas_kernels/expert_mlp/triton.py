@@ -24,6 +24,9 @@ from pallas_kernels.triton_call import triton_call
 def _e4m3_by_table(words, multiplier):
     """Bytes of a word of eight values, and its multiplier four times: values 0-3 and 4-7 as E4M3 bytes.
 
+    A thread must hold the four bytes of a word side by side, which Triton arranges when the multipliers come
+    through shared memory too: at least four bytes of them a thread, so BN is 32 times the number of warps.
+
     The table of a multiplier m is the E4M3 byte of each e2m1 magnitude times 2^(m-5): one more in m is 8 more
     in the byte, from the subnormals up. `prmt` looks four magnitudes up at once.
     """
@@ -93,11 +96,12 @@ def _tile_product(codes, multipliers, x, x_scale, BN: tl.constexpr, VENDOR: tl.c
 
 @triton.jit
 def _tile_at(expert, block, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr):
-    """Offsets of the codes and multipliers of BN rows (128 or a part of it) in the first 128 columns."""
-    PART: tl.constexpr = 128 // BN  # blocks of rows in one stored tile
-    base = (expert.to(tl.int64) * (N // 128) + block // PART) * (K // 128)
-    code = base * 8192 + (block % PART) * (BN * 64) + tl.arange(0, BN * 64)
-    multiplier = base * 512 + (block % PART) * (BN * 4) + tl.arange(0, BN * 4)
+    """Offsets of the codes and multipliers of BN rows, whole tiles, in the first 128 columns."""
+    KT: tl.constexpr = K // 128
+    base = (expert.to(tl.int64) * (N // 128) + block * (BN // 128)) * KT
+    code, multiplier = tl.arange(0, BN * 64), tl.arange(0, BN * 4)
+    code = (base + code // 8192 * KT) * 8192 + code % 8192
+    multiplier = (base + multiplier // 512 * KT) * 512 + multiplier % 512
     return code, multiplier
 
 
@@ -218,50 +222,71 @@ def _down(
     tl.store(out_at, tl.trans(total).to(tl.bfloat16), mask=real[:, None])
 
 
-def most_tiles(experts: int, rows: int, tile_rows: int) -> int:
-    """Tiles that the worst routing of `rows` rows needs: no row is ever dropped."""
-    return rows // tile_rows + min(experts, rows)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Who works on what, for one routing: rows are (token, choice) pairs sorted by expert.
+
+    Attributes:
+      order: [R] the pair of each row.
+      expert, start, end: [tiles] of each tile of rows: its expert, first row, and row after the last of its
+        expert. Tiles that are left over have expert -1; there are as many as the worst routing needs, so no
+        row is ever dropped.
+    """
+
+    order: jax.Array
+    expert: jax.Array
+    start: jax.Array
+    end: jax.Array
 
 
-def expert_tiles_of(
-    group_sizes: jax.Array, rows: int, tile_rows: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Expert, first row and row after the last of each tile; expert -1 for tiles that are left over."""
-    experts = group_sizes.shape[0]
+def plan(experts: jax.Array, n_routed_experts: int, tile_rows: int) -> Plan:
+    """The plan of a routing [T, A] for tiles of `tile_rows` rows."""
+    pairs, rows = experts.reshape(-1), experts.size
+    order, group_sizes = (
+        _few_by_expert(pairs, n_routed_experts) if rows <= _FEW else sort_by_expert(experts, n_routed_experts)
+    )
+    tile = jnp.arange(rows // tile_rows + min(n_routed_experts, rows), dtype=jnp.int32)
     per_expert = (group_sizes + tile_rows - 1) // tile_rows
-    last = jnp.cumsum(per_expert)
-    tile = jnp.arange(most_tiles(experts, rows, tile_rows), dtype=jnp.int32)
-    expert = jnp.searchsorted(last, tile, side="right").astype(jnp.int32)
-    known = jnp.minimum(expert, experts - 1)
-    ends = jnp.cumsum(group_sizes)
-    nth = tile - (last - per_expert)[known]
-    start = (ends - group_sizes)[known] + nth * tile_rows
-    return jnp.where(expert < experts, expert, -1), start.astype(jnp.int32), ends[known].astype(jnp.int32)
+    last, ends = jnp.cumsum(per_expert), jnp.cumsum(group_sizes)
+    expert = (last <= tile[:, None]).sum(1, dtype=jnp.int32)
+    known = jnp.minimum(expert, n_routed_experts - 1)
+    start = (ends - group_sizes)[known] + (tile - (last - per_expert)[known]) * tile_rows
+    return Plan(order, jnp.where(expert < n_routed_experts, expert, -1), start, ends[known])
+
+
+_FEW = 2048
+
+
+def _few_by_expert(pairs: jax.Array, n_routed_experts: int) -> tuple[jax.Array, jax.Array]:
+    """`sort_by_expert` by comparing all with all: a few fused passes, where a sort takes many."""
+    place = jnp.arange(pairs.size, dtype=jnp.int32)
+    before = (pairs < pairs[:, None]) | ((pairs == pairs[:, None]) & (place < place[:, None]))
+    order = jnp.zeros_like(place).at[before.sum(1)].set(place, unique_indices=True)
+    group_sizes = (pairs == jnp.arange(n_routed_experts)[:, None]).sum(1, dtype=jnp.int32)
+    return order, group_sizes
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """Sizes of a launch: `rows` of weights and `tokens` a program takes, and Triton's own two."""
+    """Sizes of a launch: `rows` of weights a program takes, and Triton's own two."""
 
     rows: int
-    tokens: int
     num_warps: int
     num_stages: int
 
 
-# By the number of (token, choice) rows, up to which the tilings hold: gate and up, then down.
+# By the number of (token, choice) rows up to which it holds: tokens in a tile; gate and up; down.
 TILINGS = (
-    (64, Tiling(64, 16, 4, 4), Tiling(128, 16, 4, 4)),
-    (2048, Tiling(64, 16, 4, 4), Tiling(128, 16, 4, 4)),
-    (6144, Tiling(64, 32, 4, 4), Tiling(128, 32, 4, 4)),
-    (24576, Tiling(64, 64, 4, 3), Tiling(128, 64, 8, 3)),
-    (2**31, Tiling(128, 64, 8, 3), Tiling(128, 128, 8, 3)),
+    (2048, 16, Tiling(128, 4, 4), Tiling(128, 4, 4)),
+    (6144, 32, Tiling(128, 4, 4), Tiling(128, 4, 4)),
+    (2**31, 64, Tiling(128, 4, 3), Tiling(128, 4, 3)),
 )
 
 
-def tilings_for(rows: int) -> tuple[Tiling, Tiling]:
-    """The tilings of both products for so many (token, choice) rows."""
-    return next((gate_up, down) for most, gate_up, down in TILINGS if rows <= most)
+def tilings_for(rows: int) -> tuple[int, Tiling, Tiling]:
+    """Tokens in a tile, and the tilings of both products, for so many (token, choice) rows."""
+    return next(tuple(sizes) for most, *sizes in TILINGS if rows <= most)  # type: ignore[return-value]
 
 
 def expert_mlp(
@@ -273,51 +298,89 @@ def expert_mlp(
     w3: ExpertTiles,
     limit: float,
     activation: str | None,
-    *,
-    tilings: tuple[Tiling, Tiling] | None = None,
 ) -> jax.Array:
-    tokens, choices = experts.shape
-    count, inner_size, hidden = w1.shape
-    order, group_sizes = sort_by_expert(experts, count)
-    rows = order.shape[0]
-    first, second = tilings or tilings_for(rows)
+    sizes = tilings_for(experts.size)
+    planned = plan(experts, w1.shape[0], sizes[0])
+    return planned_mlp(x, planned, weights, w1, w2, w3, limit, activation, sizes)
 
-    inner = triton_call(
+
+def planned_mlp(
+    x: jax.Array,
+    planned: Plan,
+    weights: jax.Array,
+    w1: ExpertTiles,
+    w2: ExpertTiles,
+    w3: ExpertTiles,
+    limit: float,
+    activation: str | None,
+    sizes: tuple[int, Tiling, Tiling],
+) -> jax.Array:
+    """`expert_mlp` once its plan is made."""
+    tokens, choices = weights.shape
+    inner = gate_up(x, planned, weights, w1, w3, limit, activation, sizes[0], sizes[1])
+    out = down(inner, planned, w2, activation, sizes[0], sizes[2])
+    return out.reshape(tokens, choices, -1).astype(jnp.float32).sum(1)
+
+
+def gate_up(
+    x: jax.Array,
+    planned: Plan,
+    weights: jax.Array,
+    w1: ExpertTiles,
+    w3: ExpertTiles,
+    limit: float,
+    activation: str | None,
+    tile_rows: int,
+    tiling: Tiling,
+) -> jax.Array:
+    """[R, F] bfloat16 in sorted order: weight * silu(gate) * up."""
+    rows, (_, inner, hidden) = weights.size, w1.shape
+    return triton_call(
         _gate_up,
         *_values_and_scale(x, activation),
         *(w1.codes, w1.multipliers, w1.row_exponent),
         *(w3.codes, w3.multipliers, w3.row_exponent),
-        *(weights.reshape(-1), order),
-        *expert_tiles_of(group_sizes, rows, first.tokens),
-        out=jax.ShapeDtypeStruct((rows, inner_size), jnp.bfloat16),
-        grid=(most_tiles(count, rows, first.tokens) * (inner_size // first.rows),),
-        num_warps=first.num_warps,
-        num_stages=first.num_stages,
-        N=inner_size,
+        weights.reshape(-1),
+        *(planned.order, planned.expert, planned.start, planned.end),
+        out=jax.ShapeDtypeStruct((rows, inner), jnp.bfloat16),
+        grid=(planned.expert.size * (inner // tiling.rows),),
+        num_warps=tiling.num_warps,
+        num_stages=tiling.num_stages,
+        N=inner,
         K=hidden,
-        CHOICES=choices,
+        CHOICES=weights.shape[1],
         LIMIT=limit,
-        BN=first.rows,
-        BT=first.tokens,
+        BN=tiling.rows,
+        BT=tile_rows,
         FP8=activation is not None,
     )
-    out = triton_call(
+
+
+def down(
+    inner: jax.Array,
+    planned: Plan,
+    w2: ExpertTiles,
+    activation: str | None,
+    tile_rows: int,
+    tiling: Tiling,
+) -> jax.Array:
+    """[R, M] bfloat16 in (token, choice) order."""
+    _, hidden, columns = w2.shape
+    return triton_call(
         _down,
         *_values_and_scale(inner, activation),
         *(w2.codes, w2.multipliers, w2.row_exponent),
-        order,
-        *expert_tiles_of(group_sizes, rows, second.tokens),
-        out=jax.ShapeDtypeStruct((rows, hidden), jnp.bfloat16),
-        grid=(most_tiles(count, rows, second.tokens) * (hidden // second.rows),),
-        num_warps=second.num_warps,
-        num_stages=second.num_stages,
+        *(planned.order, planned.expert, planned.start, planned.end),
+        out=jax.ShapeDtypeStruct((inner.shape[0], hidden), jnp.bfloat16),
+        grid=(planned.expert.size * (hidden // tiling.rows),),
+        num_warps=tiling.num_warps,
+        num_stages=tiling.num_stages,
         N=hidden,
-        K=inner_size,
-        BN=second.rows,
-        BT=second.tokens,
+        K=columns,
+        BN=tiling.rows,
+        BT=tile_rows,
         FP8=activation is not None,
     )
-    return out.reshape(tokens, choices, hidden).astype(jnp.float32).sum(1)
 
 
 def _values_and_scale(x: jax.Array, activation: str | None) -> tuple[jax.Array, jax.Array]:

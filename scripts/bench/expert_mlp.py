@@ -23,21 +23,22 @@ sys.path.insert(0, str(Path(__file__).parent))
 from harness import facts, save
 
 from dsv4_jax.config import FLASH, PRO
-from pallas_kernels import ExpertTiles, QuantArray, expert_mlp
-from pallas_kernels.expert_mlp import to_tiles
+from pallas_kernels import ExpertTiles, QuantArray, dequantize, quantize
 from pallas_kernels.expert_mlp import triton as kernels
+from pallas_kernels.expert_mlp.tiles import from_tiles, to_tiles
 from pallas_kernels.expert_mlp.triton import Tiling
+from pallas_kernels.swiglu.reference import swiglu as reference_swiglu
 
 MODELS = {"flash": FLASH, "pro": PRO}
 LIMIT = 10.0
 COPY_BYTES_PER_S = 4.3e12  # what a plain copy reaches on an H200
 FP8_FLOP_PER_S = 1.48e15
 
+# Tokens in a tile, then the tilings to try for both products.
 CANDIDATES = {
-    16: [(64, 16, 4, 4), (64, 16, 4, 6), (128, 16, 4, 4), (128, 16, 8, 4), (32, 16, 4, 4)],
-    32: [(64, 32, 4, 4), (128, 32, 4, 4), (128, 32, 8, 4)],
-    64: [(64, 64, 4, 3), (128, 64, 8, 3), (64, 64, 8, 4), (128, 64, 4, 3)],
-    128: [(64, 128, 8, 3), (128, 128, 8, 3), (64, 128, 4, 3)],
+    16: [(128, 4, 3), (128, 4, 4), (128, 4, 5), (256, 8, 4)],
+    32: [(128, 4, 3), (128, 4, 4), (256, 8, 3)],
+    64: [(128, 4, 3), (256, 8, 3), (256, 8, 4)],
 }
 
 
@@ -77,24 +78,53 @@ def floor_us(config, experts: list[jax.Array], fp8: bool) -> float:
     return max(read, compute) * 1e6
 
 
-def time_us(run, inputs, weights, repeats: int = 5) -> float:
+def time_us(run, inputs, repeats: int = 5) -> float:
     """Median microseconds of one call, of all of `inputs` in one program."""
-
-    @jax.jit
-    def all_of_them(inputs, weights):
-        return [run(*each, *weights) for each in inputs]
-
-    jax.block_until_ready(all_of_them(inputs, weights))
+    all_of_them = jax.jit(lambda inputs: [run(*each) for each in inputs])
+    jax.block_until_ready(all_of_them(inputs))
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
-        jax.block_until_ready(all_of_them(inputs, weights))
+        jax.block_until_ready(all_of_them(inputs))
         times.append(time.perf_counter() - start)
     return sorted(times)[repeats // 2] / len(inputs) * 1e6
 
 
 def relative_error(out: jax.Array, expected: jax.Array) -> float:
     return float(jnp.linalg.norm(out - expected) / jnp.linalg.norm(expected))
+
+
+def check(x, experts, plan, shares, inner, out, weights, activation) -> tuple[float, float]:
+    """Relative error of each product against float32 on the kernel's own inputs, for the busiest experts."""
+    w1, w2, w3 = weights
+    choices = experts.shape[1]
+    sorted_experts = experts.reshape(-1)[plan.order]
+    chosen = jnp.unique(sorted_experts)[:8]
+    errors = []
+
+    def numbers(stack, expert):
+        return dequantize(from_tiles(jax.tree.map(lambda leaf: leaf[expert, None], stack)))[0]
+
+    def operand(rows):
+        return rows.astype(jnp.float32) if activation is None else dequantize(quantize(rows, activation))
+
+    def product(rows, matrix):
+        return jnp.einsum("rk,nk->rn", operand(rows), matrix, precision="highest")
+
+    wanted_inner, wanted_out, got_inner, got_out = [], [], [], []
+    for expert in chosen.tolist():
+        rows = jnp.nonzero(sorted_experts == expert)[0]
+        pairs = plan.order[rows]
+        tokens = x[pairs // choices]
+        gate, up = (product(tokens, numbers(each, expert)).astype(jnp.bfloat16) for each in (w1, w3))
+        share = shares.reshape(-1)[pairs]
+        wanted_inner.append(reference_swiglu(gate, up, share, LIMIT, jnp.float32))
+        wanted_out.append(product(inner[rows], numbers(w2, expert)))
+        got_inner.append(inner[rows])
+        got_out.append(out[pairs])
+    for got, wanted in ((got_inner, wanted_inner), (got_out, wanted_out)):
+        errors.append(relative_error(jnp.concatenate(got).astype(jnp.float32), jnp.concatenate(wanted)))
+    return errors[0], errors[1]
 
 
 def main() -> int:
@@ -116,61 +146,69 @@ def main() -> int:
     jax.block_until_ready(weights)
     print(f"weights made in {time.perf_counter() - started:.1f} s", flush=True)
 
-    def call(x, experts, shares, w1, w2, w3, *, implementation=None):
-        options = {"limit": LIMIT, "activation": activation, "implementation": implementation}
-        return expert_mlp(x, experts, shares, w1, w2, w3, **options)
+    top_k, experts_count = config.num_experts_per_tok, config.n_routed_experts
+    w1, w2, w3 = weights
 
     for tokens in arguments.tokens:
         inputs = requests(config, tokens, max(2, min(16, 4096 // tokens)), jax.random.key(tokens))
         floor = floor_us(config, [each[1] for each in inputs], activation is not None)
-        expected = jax.jit(functools.partial(call, implementation="reference"))(*inputs[0], *weights)
 
-        def report(name: str, run, floor=floor, inputs=inputs, expected=expected, tokens=tokens) -> float:
-            error = relative_error(jax.jit(run)(*inputs[0], *weights), expected)
-            us = time_us(run, inputs, weights)
+        def measure(sizes, name, tokens=tokens, inputs=inputs, floor=floor) -> float:
+            """Checks both products against their definitions, then times all but the plan, and all."""
+            planned = [
+                (x, kernels.plan(experts, experts_count, sizes[0]), shares) for x, experts, shares in inputs
+            ]
+            x, plan, shares = planned[0]
+            inner = kernels.gate_up(x, plan, shares, w1, w3, LIMIT, activation, *sizes[:2])
+            out = kernels.down(inner, plan, w2, activation, sizes[0], sizes[2])
+            error = max(*check(x, inputs[0][1], plan, shares, inner, out, weights, activation))
+
+            def run(x, plan, shares):
+                return kernels.planned_mlp(x, plan, shares, w1, w2, w3, LIMIT, activation, sizes)
+
+            def whole(x, experts, shares):
+                return kernels.planned_mlp(
+                    x,
+                    kernels.plan(experts, experts_count, sizes[0]),
+                    shares,
+                    w1,
+                    w2,
+                    w3,
+                    LIMIT,
+                    activation,
+                    sizes,
+                )
+
+            us, with_plan = time_us(run, planned), time_us(whole, inputs)
             print(
-                f"T={tokens} {name}: {us:.1f} us, floor {floor:.1f} ({floor / us:.0%}), error {error:.1e}",
+                f"T={tokens} {name}: {us:.1f} us, floor {floor:.1f} ({floor / us:.0%}), error {error:.1e},"
+                f" with routing {with_plan:.1f} us",
                 flush=True,
             )
             row = {"id": f"moe {arguments.model} T={tokens}", "implementation": name, "us": round(us, 1)}
-            rows.append(row | {"floor_us": round(floor, 1), "rel_err": error} | facts())
+            row |= {"floor_us": round(floor, 1), "rel_err": error, "us_with_routing": round(with_plan, 1)}
+            rows.append(row | facts())
             return us
 
         if not arguments.sweep:
-            report(
-                f"triton {'w4a8' if activation else 'w4a16'}",
-                functools.partial(call, implementation="triton"),
-            )
+            measure(kernels.tilings_for(tokens * top_k), f"triton {'w4a8' if activation else 'w4a16'}")
             continue
         timed = []
-        base = kernels.tilings_for(tokens * config.num_experts_per_tok)
-        options = [Tiling(*each) for each in itertools.chain(*_near(base[0].tokens))]
-        for place in (0, 1):
-            for tiling in options:
+        for tile_rows, tilings in CANDIDATES.items():
+            for first, second in itertools.zip_longest(tilings, tilings):
                 if time.perf_counter() - started > arguments.seconds:
                     break
-                pair = (tiling, base[1]) if place == 0 else (base[0], tiling)
-                if pair[place].rows * pair[place].tokens > 128 * 128:
-                    continue
-
-                def run(x, experts, shares, w1, w2, w3, pair=pair):
-                    return kernels.expert_mlp(x, experts, shares, w1, w2, w3, LIMIT, activation, tilings=pair)
-
+                sizes = (tile_rows, Tiling(*first), Tiling(*second))
                 try:
-                    timed.append((report(f"{'gate_up' if place == 0 else 'down'} {pair[place]}", run), pair))
+                    timed.append((measure(sizes, str(sizes)), sizes))
                 except Exception as error:  # a tiling that does not fit the chip is a result too
-                    print(f"T={tokens} {pair}: {type(error).__name__} {str(error)[:150]}", flush=True)
+                    print(f"T={tokens} {sizes}: {type(error).__name__} {str(error)[:150]}", flush=True)
         rows.clear()
-        print(f"T={tokens} best: {min(timed, key=lambda each: each[0])}", flush=True)
+        print(f"T={tokens} best: {min(timed, key=lambda each: each[0], default=None)}", flush=True)
 
     if arguments.results and rows:
         save(rows, arguments.results)
     return 0
-
-
-def _near(tokens: int):
-    """Candidate tilings with so many tokens, half and twice as many."""
-    return [sizes for width, sizes in CANDIDATES.items() if width in (tokens // 2, tokens, tokens * 2)]
 
 
 if __name__ == "__main__":
