@@ -58,6 +58,7 @@ class Launch:
 
 _launch = Primitive("triton_launch")
 _launch.multiple_results = True
+_launch.def_impl(lambda *args, **params: jax.jit(functools.partial(_launch.bind, **params))(*args))
 _launch.def_abstract_eval(lambda *_, out, **__: [jax.core.ShapedArray(o.shape, o.dtype) for o in out])
 
 
