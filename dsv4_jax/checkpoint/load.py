@@ -271,7 +271,7 @@ class _Reader:
             return inner if stacked else (range(1), *inner)
 
         held = map(bounds, sharding.addressable_devices_indices_map(value.shape).values())
-        parts = {part: _aligned_empty(tuple(map(len, part)), value.dtype) for part in dict.fromkeys(held)}
+        parts = {part: _aligned_empty(tuple(map(len, part)), value.dtype) for part in set(held)}
 
         def fill(job: tuple[int, range]) -> None:
             number, rows = job

@@ -78,14 +78,14 @@ def floor_us(config, experts: list[jax.Array], fp8: bool) -> float:
     return max(read, compute) * 1e6
 
 
-def time_us(run, inputs, repeats: int = 5) -> float:
+def time_us(run, inputs, weights, repeats: int = 5) -> float:
     """Median microseconds of one call, of all of `inputs` in one program."""
-    all_of_them = jax.jit(lambda inputs: [run(*each) for each in inputs])
-    jax.block_until_ready(all_of_them(inputs))
+    all_of_them = jax.jit(lambda inputs, weights: [run(*each, *weights) for each in inputs])
+    jax.block_until_ready(all_of_them(inputs, weights))
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
-        jax.block_until_ready(all_of_them(inputs))
+        jax.block_until_ready(all_of_them(inputs, weights))
         times.append(time.perf_counter() - start)
     return sorted(times)[repeats // 2] / len(inputs) * 1e6
 
@@ -163,23 +163,13 @@ def main() -> int:
             out = kernels.down(inner, plan, w2, activation, sizes[0], sizes[2])
             error = max(*check(x, inputs[0][1], plan, shares, inner, out, weights, activation))
 
-            def run(x, plan, shares):
+            def run(x, plan, shares, w1, w2, w3):
                 return kernels.planned_mlp(x, plan, shares, w1, w2, w3, LIMIT, activation, sizes)
 
-            def whole(x, experts, shares):
-                return kernels.planned_mlp(
-                    x,
-                    kernels.plan(experts, experts_count, sizes[0]),
-                    shares,
-                    w1,
-                    w2,
-                    w3,
-                    LIMIT,
-                    activation,
-                    sizes,
-                )
+            def whole(x, experts, shares, *weights):
+                return run(x, kernels.plan(experts, experts_count, sizes[0]), shares, *weights)
 
-            us, with_plan = time_us(run, planned), time_us(whole, inputs)
+            us, with_plan = time_us(run, planned, weights), time_us(whole, inputs, weights)
             print(
                 f"T={tokens} {name}: {us:.1f} us, floor {floor:.1f} ({floor / us:.0%}), error {error:.1e},"
                 f" with routing {with_plan:.1f} us",

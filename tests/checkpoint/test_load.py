@@ -474,7 +474,9 @@ def test_the_largest_numbers_of_every_format_pass_as_finite(changed, tensors):
     load(changed({name: with_one(tensors[name], code) for name, code in largest.items()}), verify="values")
 
 
-def test_progress_goes_to_stderr_and_ends_at_all_bytes(made_up, capsys):
+def test_progress_goes_to_stderr_and_ends_at_all_bytes(made_up, capsys, monkeypatch):
+    monkeypatch.setattr(load_module, "_READ_AT_ONCE", 10_000)
+
     load(made_up, mesh=make_mesh(ep=2, tp=2), progress=True)
 
     captured = capsys.readouterr()
