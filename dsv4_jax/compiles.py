@@ -23,11 +23,11 @@ def count_compiles() -> Iterator[Compiles]:
     """Counts the compiles of the `with` block, on any thread."""
     compiles = Compiles()
 
-    def listen(event: str, seconds: float, **_: object) -> None:
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
         if event == _COMPILED:
             compiles.count += 1
         if event == _COMPILED or event in _PREPARED:
-            compiles.seconds += seconds
+            compiles.seconds += duration_secs
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:

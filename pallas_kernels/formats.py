@@ -50,9 +50,7 @@ FORMATS = {
 }
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["values", "scale"], meta_fields=["format", "layout"]
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["values", "scale"], meta_fields=["format"])
 @dataclasses.dataclass(frozen=True)
 class QuantArray:
     """A quantised matrix, or a stack of them: `dequantize` gives its numbers back.
@@ -61,13 +59,11 @@ class QuantArray:
       values: [..., rows, columns / packed], float8_e4m3fn or packed uint8.
       scale: [..., ceil(rows / block rows), ceil(columns / block columns)], uint8 (E8M0) or float32.
       format: a key of FORMATS.
-      layout: how the last two axes are ordered in memory; "rows" is the checkpoint's own order.
     """
 
     values: jax.Array
     scale: jax.Array
     format: str
-    layout: str = "rows"
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Writes a made-up checkpoint in the released format: right layout, random numbers.
 
-  python scripts/make_checkpoint.py FOLDER --demo              about 100 MB, all kinds of layers
-  python scripts/make_checkpoint.py FOLDER --preset tiny       one of the presets of dsv4_jax.config
-  python scripts/make_checkpoint.py FOLDER --config my.json    any config.json
+python scripts/make_checkpoint.py FOLDER --demo              about 100 MB, all kinds of layers
+python scripts/make_checkpoint.py FOLDER --preset tiny       one of the presets of dsv4_jax.config
+python scripts/make_checkpoint.py FOLDER --config my.json    any config.json
 """
 
 import argparse

@@ -155,7 +155,9 @@ def test_a_read_only_answer_file_is_refused_before_anything_runs(capsys, tmp_pat
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"tokens": [1]}\n')
 
-    code, _, err = run(capsys, "generate", GOLDEN, "-i", prompts, "-o", tmp_path / "no such" / "answers.jsonl")
+    code, _, err = run(
+        capsys, "generate", GOLDEN, "-i", prompts, "-o", tmp_path / "no such" / "answers.jsonl"
+    )
 
     assert code == 73
     assert "answers.jsonl cannot be written" in err

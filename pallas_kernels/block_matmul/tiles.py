@@ -1,21 +1,26 @@
 """How a product is cut into programs: by table where it was measured, by rule elsewhere."""
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-BLOCK = 128  # columns that share a scale; sums within one are promoted to float32 before they are scaled
+from pallas_kernels.block_matmul.tuned import TUNED
+
+BLOCK = 128  # columns that share a scale
+PROGRAMS = 128  # how many fill a chip
+
+Operand = Literal["fp8", "bf16"]  # what x holds
 
 
 class Tile(NamedTuple):
     """What one program multiplies, and how.
 
     Attributes:
-      tokens: rows of x in one accumulator.
+      tokens: rows of x in an accumulator.
       rows: rows of the weight, a divisor of 128.
-      stack: accumulators, one below the other: a tile is `stack * tokens` tokens high. Two let each sum of
-        a block be small enough for registers while a tile reads half as much per product.
-      span: blocks of 128 columns multiplied side by side, each by warps of their own, and added at the end.
-      splits: parts of K that go to different programs, added by another kernel.
+      stack: accumulators, 1 or 2, one below the other. Two halve the registers that the sums of a block
+        need, for a tile that is as wide and high.
+      span: blocks of 128 columns multiplied side by side, each by warps of its own, and added at the end.
+      splits: parts of K that go to programs of their own, added by another kernel.
       num_warps, num_stages: as Triton means them.
     """
 
@@ -27,7 +32,39 @@ class Tile(NamedTuple):
     num_warps: int = 4
     num_stages: int = 4
 
-    def fits(self, columns: int, group_rows: int) -> bool:
-        """Whether it divides K, and the rows of the weight that share an input."""
-        steps, rest = divmod(columns, BLOCK * self.span * self.splits)
-        return steps > 0 and rest == 0 and (group_rows % self.rows == 0 or group_rows > BLOCK)
+    def divides(self, columns: int, group_rows: int, groups: int) -> bool:
+        """Whether K falls into equal parts, and no tile has rows of two groups."""
+        whole_steps = columns % (BLOCK * self.span * self.splits) == 0
+        return whole_steps and (groups == 1 or group_rows % self.rows == 0)
+
+
+def tile_for(arch: str, operand: Operand, tokens: int, rows: int, columns: int, groups: int = 1) -> Tile:
+    """The tile for a weight of `rows` x `columns`, all groups together."""
+    table = TUNED.get(arch, {}).get(operand, {}).get((rows, columns))
+    if table:
+        return Tile(*table[min((most for most in table if most >= tokens), default=max(table))])
+    return _by_rule(arch, operand, tokens, rows, columns, groups)
+
+
+def _by_rule(arch: str, operand: Operand, tokens: int, rows: int, columns: int, groups: int) -> Tile:
+    blocks = columns // BLOCK
+    most_rows = math.gcd(rows // groups, 128) if groups > 1 else 128
+    busy_rows = next((size for size in (128, 64, 32) if rows // size >= PROGRAMS), 16)
+    if arch not in ("sm_90", "sm_100"):
+        # Nothing measured; 64 KiB of shared memory, as the CDNA3 chips have, hold any of these.
+        span = math.gcd(blocks, 4)
+        if tokens <= 16 and span > 1:
+            return Tile(16, min(busy_rows, most_rows, 32), span=span, num_warps=span, num_stages=2)
+        return Tile(32 if tokens <= 32 else 64, min(64, most_rows), num_stages=2)
+    if tokens <= 16:
+        span = math.gcd(blocks, 8)
+        if span > 1 and busy_rows < 64:
+            return Tile(16, min(busy_rows, most_rows), span=span, num_warps=max(span, 4), num_stages=3)
+        return Tile(16, min(max(busy_rows, 64), most_rows))
+    if tokens <= 128:
+        wide = min(max(busy_rows, 64), most_rows)
+        splits = math.gcd(blocks, 4) if rows // wide < PROGRAMS // 2 else 1
+        return Tile(64, wide, stack=1 if tokens <= 64 else 2, splits=splits, num_stages=3)
+    if operand == "bf16":
+        return Tile(128, most_rows, num_warps=8, num_stages=3)
+    return Tile(64, min(128 if tokens * rows >= PROGRAMS * 128**2 else 64, most_rows), stack=2, num_stages=3)

@@ -69,9 +69,8 @@ def _operand(codes, multipliers, BN: tl.constexpr, VENDOR: tl.constexpr, FP8: tl
     magnitude = tl.join(codes & 7, (codes >> 4) & 7)  # ... h byte half
     sign = tl.join(codes >> 7, (codes >> 3) & 1)  # ... h b j
     sign = tl.permute(sign, (0, 1, 2, 3, 4, 5, 7, 6))  # ... h j b
-    shape: tl.constexpr = (BN // 16, 2, 8, 4, 2, 2, 8)
-    magnitude = tl.reshape(magnitude, shape).to(tl.int32)
-    sign = tl.reshape(sign, shape).to(tl.int32)
+    magnitude = tl.reshape(magnitude, (BN // 16, 2, 8, 4, 2, 2, 8)).to(tl.int32)
+    sign = tl.reshape(sign, (BN // 16, 2, 8, 4, 2, 2, 8)).to(tl.int32)
     exponent, mantissa = magnitude >> 1, magnitude & 1
     twice = tl.where(exponent == 0, mantissa, ((2 + mantissa) << exponent) >> 1).to(tl.float32)
     power = ((multipliers.to(tl.int32) + (127 - 6)) << 23).to(tl.float32, bitcast=True)

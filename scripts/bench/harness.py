@@ -20,9 +20,7 @@ def median_us(run: Callable[[], Any], repeats: int = 5, inner: int = 1) -> float
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
-        for _ in range(inner):
-            out = run()
-        jax.block_until_ready(out)
+        jax.block_until_ready([run() for _ in range(inner)])
         times.append((time.perf_counter() - start) / inner)
     return statistics.median(times) * 1e6
 
