@@ -9,14 +9,23 @@ import jax.numpy as jnp
 from dsv4_jax.checkpoint.names import Parameter, nest, parameters
 from dsv4_jax.config import Config
 from dsv4_jax.model import Params
-from pallas_kernels import QuantArray
+from pallas_kernels import QuantArray, current_target, prepare_experts
 from pallas_kernels.formats import E8M0_BIAS
 
 
 def made_up_params(config: Config, seed: int = 0) -> Params:
-    """Parameters of the main model that keep activations in range: linears ~ N(0, 1 / columns)."""
+    """Parameters of the main model that keep activations in range: linears ~ N(0, 1 / columns).
+
+    Experts lie as `checkpoint.load` lays them out for this device.
+    """
     key = jax.random.key(seed, impl="rbg")  # threefry would take minutes for a hundred gigabytes
-    return nest({each.path: _numbers(each, config, key) for each in parameters(config, mtp=False)})
+    leaves = {}
+    for parameter in parameters(config, mtp=False):
+        value = _numbers(parameter, config, key)
+        if parameter.stacked and isinstance(value, QuantArray):
+            value = prepare_experts(value, current_target())
+        leaves[parameter.path] = value
+    return nest(leaves)
 
 
 def _numbers(parameter: Parameter, config: Config, key: jax.Array) -> jax.Array | QuantArray:

@@ -42,6 +42,7 @@ def main() -> int:
     parser.add_argument("--prefill", type=int, nargs="*", default=[2048])
     parser.add_argument("--batch", type=int, nargs="*", default=[1, 32])
     parser.add_argument("--context", type=int, default=2048, help="tokens before a decode step")
+    parser.add_argument("--name", default="default", help="what the rows call these implementations")
     parser.add_argument("--results", type=Path, help="JSON file to add rows to")
     arguments = parser.parse_args()
 
@@ -58,7 +59,7 @@ def main() -> int:
         rate = tokens / microseconds * 1e6
         peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0) / 1e9
         print(f"{case}: {microseconds / 1e3:.1f} ms, {rate:.1f} tok/s, peak {peak:.1f} GB", flush=True)
-        row = {"id": f"{label} {case}", "implementation": "reference", "us": round(microseconds, 1)}
+        row = {"id": f"{label} {case}", "implementation": arguments.name, "us": round(microseconds, 1)}
         rows.append(row | {"tokens_per_second": round(rate, 1), "peak_gb": round(peak, 1)} | facts())
 
     random = np.random.default_rng(0)
