@@ -10,14 +10,16 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 
 from dsv4_jax.checkpoint.inspect import inspect_checkpoint
 from dsv4_jax.errors import (
+    EXIT_BAD_DATA,
     EXIT_INTERRUPTED,
     EXIT_UNEXPECTED,
+    EXIT_USAGE,
     DSV4Error,
     MemoryPlanError,
     NumericError,
@@ -64,8 +66,15 @@ def main(argv: list[str] | None = None) -> int:
         return _complain("this should not happen; please report it", EXIT_UNEXPECTED)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, like everything else here."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USAGE, f"error: {message} (see {self.prog} --help)\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="dsv4-jax",
         description="DeepSeek-V4 in JAX.",
         epilog=_EXAMPLES,
@@ -129,7 +138,7 @@ def _mesh_sizes(text: str) -> dict[str, int]:
 def _inspect(arguments: argparse.Namespace) -> int:
     report = inspect_checkpoint(arguments.checkpoint)
     print(json.dumps(report.to_dict()) if arguments.json else "\n".join(report.lines()))
-    return 0 if report.ok else DSV4Error.exit_code
+    return 0 if report.ok else EXIT_BAD_DATA
 
 
 def _generate(arguments: argparse.Namespace) -> int:

@@ -85,7 +85,7 @@ def test_the_module_is_the_command():
         (["--tokens", ""], 2, "empty"),
         (["--tokens", "1,x"], 2, "--tokens '1,x' is not a list of integers"),
         (["--tokens", "1,2.5"], 2, "not a list of integers"),
-        (["--tokens", "-1,3"], 2, "--tokens: token 0 is -1, outside [0, 512)"),
+        (["--tokens=-1,3"], 2, "--tokens: token 0 is -1, outside [0, 512)"),
         (["--tokens", "1,512"], 2, "--tokens: token 1 is 512, outside [0, 512)"),
         (["--tokens", "1,2", "--max-tokens", "2000"], 2, "max_len 1024"),
         (["--tokens", "1,2", "--max-len", "16", "--max-tokens", "15"], 2, "max_tokens 15"),
@@ -105,7 +105,7 @@ def test_the_module_is_the_command():
         (["-i", "no_such.jsonl"], 66, "no_such.jsonl"),
         ([], 2, "required"),
     ],
-    ids=" ".join,
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )  # fmt: skip
 def test_a_wrong_request_is_one_line_and_a_code(capsys, arguments, code, said):
     found, out, err = run(capsys, "generate", GOLDEN, *arguments)

@@ -44,11 +44,14 @@ def _bfloat16(values):
 @triton.jit
 def _product(x, w):
     """x @ w.T of the last two axes, summed in float32."""
-    if x.dtype == w.dtype and x.dtype != tl.uint8:
-        product = tl.dot(x, tl.trans(w))
-    else:
+    CONVERT: tl.constexpr = x.dtype != w.dtype or x.dtype == tl.uint8
+    if CONVERT:
         # Hopper's tensor cores take their first operand from registers, where weights are converted.
         product = tl.trans(tl.dot(_bfloat16(w), tl.trans(_bfloat16(x))))
+    elif x.shape[-2] < 16:
+        product = tl.trans(tl.dot(w, tl.trans(x)))  # the second operand's side may be as short as 8
+    else:
+        product = tl.dot(x, tl.trans(w))
     return product
 
 

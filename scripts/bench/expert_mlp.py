@@ -138,7 +138,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=1e9, help="stop starting new cases after so long")
     parser.add_argument("--results", type=Path, help="JSON file to add rows to")
     arguments = parser.parse_args()
-    started, rows = time.perf_counter(), []
+    started = time.perf_counter()
 
     config = MODELS[arguments.model]
     activation = None if arguments.activation == "none" else arguments.activation
@@ -177,7 +177,8 @@ def main() -> int:
             )
             row = {"id": f"moe {arguments.model} T={tokens}", "implementation": name, "us": round(us, 1)}
             row |= {"floor_us": round(floor, 1), "rel_err": error, "us_with_routing": round(with_plan, 1)}
-            rows.append(row | facts())
+            if arguments.results and not arguments.sweep:
+                save([row | facts()], arguments.results)
             return us
 
         if not arguments.sweep:
@@ -193,11 +194,8 @@ def main() -> int:
                     timed.append((measure(sizes, str(sizes)), sizes))
                 except Exception as error:  # a tiling that does not fit the chip is a result too
                     print(f"T={tokens} {sizes}: {type(error).__name__} {str(error)[:150]}", flush=True)
-        rows.clear()
         print(f"T={tokens} best: {min(timed, key=lambda each: each[0], default=None)}", flush=True)
 
-    if arguments.results and rows:
-        save(rows, arguments.results)
     return 0
 
 

@@ -51,7 +51,7 @@ def main() -> int:
     jax.block_until_ready(params)
     nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     print(f"{config.num_hidden_layers} layers, {nbytes / 1e9:.1f} GB of parameters", flush=True)
-    label, rows = f"model flash {config.num_hidden_layers} layers", []
+    label = f"model flash {config.num_hidden_layers} layers"
 
     def report(case: str, microseconds: float, tokens: int, logits: jax.Array) -> None:
         if not np.isfinite(np.asarray(logits)).all():
@@ -60,7 +60,9 @@ def main() -> int:
         peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0) / 1e9
         print(f"{case}: {microseconds / 1e3:.1f} ms, {rate:.1f} tok/s, peak {peak:.1f} GB", flush=True)
         row = {"id": f"{label} {case}", "implementation": arguments.name, "us": round(microseconds, 1)}
-        rows.append(row | {"tokens_per_second": round(rate, 1), "peak_gb": round(peak, 1)} | facts())
+        row |= {"tokens_per_second": round(rate, 1), "peak_gb": round(peak, 1)} | facts()
+        if arguments.results:
+            save([row], arguments.results)
 
     random = np.random.default_rng(0)
 
@@ -90,8 +92,6 @@ def main() -> int:
         case = f"decode B={batch} context {arguments.context}"
         report(case, median_us(step, repeats=3, inner=3), batch, step())
 
-    if arguments.results:
-        save(rows, arguments.results)
     return 0
 
 

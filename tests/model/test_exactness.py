@@ -23,12 +23,18 @@ from pallas_kernels import QuantArray, dequantize
 # Around every edge: the first window of 4, the sliding window of 16, the first and second window of 128, and
 # where the 8 entries that the indexer may choose are long outnumbered.
 LENGTHS = np.array([1, 3, 4, 5, 15, 16, 17, 127, 128, 129, 255, 256, 257, 301, 489], np.int32)
-BATCH, LONGEST = len(LENGTHS), LENGTHS.max()
+BATCH, LONGEST, START = len(LENGTHS), LENGTHS.max(), np.zeros_like(LENGTHS)
 MAX_LEN, MAX_DRAFT = 512, 3
 TOKENS = 8  # generated in a test
+BEYOND = 16  # tokens a text goes on after its prompt
 
 # Logits are of size 8; float32 and float64 runs of the official model differ by 5e-5 in them.
 CLOSE = 1e-4
+
+
+def placed(tree):
+    """On the device, as results of calls are: arguments that are not would make a call compile again."""
+    return jax.device_put(tree, jax.devices()[0])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +45,7 @@ class Tiny:
     params: Params
 
     def cache(self, batch: int = BATCH) -> Cache:
-        # Placed where the calls leave it: a cache that is not would make each of them compile a second time.
-        empty = make_cache(self.config, PLAIN, batch=batch, max_len=MAX_LEN, max_draft=MAX_DRAFT)
-        return jax.device_put(empty, jax.devices()[0])
+        return placed(make_cache(self.config, PLAIN, batch=batch, max_len=MAX_LEN, max_draft=MAX_DRAFT))
 
     def prefill(self, ids, position, length, cache: Cache, **chunk) -> tuple[np.ndarray, Cache]:
         logits, cache = prefill(self.config, PLAIN, self.params, ids, position, length, cache, **chunk)
@@ -64,26 +68,31 @@ def tiny(tiny_fp4) -> Tiny:
 
 @pytest.fixture(scope="module")
 def texts(tiny) -> np.ndarray:
-    """A text for each length, longer than it: what comes after is padding to a prefill."""
+    """One text a row. A prompt is the beginning of one, so what pads it is what would come next."""
     rng = np.random.default_rng(0)
-    return rng.integers(2, tiny.config.vocab_size, (BATCH, LONGEST), dtype=np.int32)
+    return rng.integers(2, tiny.config.vocab_size, (BATCH, LONGEST + BEYOND), dtype=np.int32)
+
+
+@pytest.fixture(scope="module")
+def prompts(texts) -> np.ndarray:
+    return texts[:, :LONGEST]
 
 
 @pytest.fixture(scope="module")
 def stepwise(tiny, texts) -> np.ndarray:
     """Logits after every token of every text, read one by one: [position, row, vocab]."""
     cache, rows = tiny.cache(), []
-    for position in range(LONGEST):
+    for position in range(texts.shape[1]):
         logits, cache = tiny.step(texts[:, position], np.full(BATCH, position, np.int32), cache)
         rows.append(logits)
     return np.stack(rows)
 
 
 @pytest.fixture(scope="module")
-def at_once(tiny, texts) -> tuple[np.ndarray, Cache]:
-    """Logits after each text's length, and the cache, of one prefill of all of them."""
-    logits, cache = tiny.prefill(texts, np.zeros(BATCH, np.int32), LENGTHS, tiny.cache())
-    return logits, jax.tree.map(np.asarray, cache)
+def at_once(tiny, prompts) -> tuple[np.ndarray, Cache]:
+    """Logits after each row's prompt, and the cache, of one prefill of all of them."""
+    logits, cache = tiny.prefill(prompts, START, LENGTHS, tiny.cache())
+    return logits, jax.tree.map(np.array, cache)  # copied: calls give their cache's memory away
 
 
 def assert_close(found, expected) -> None:
@@ -105,32 +114,33 @@ def test_a_prefill_equals_token_by_token(stepwise, at_once):
 
 
 @pytest.mark.parametrize("chunk", [7, 64, 128], ids="chunks of {}".format)
-def test_a_prefill_in_chunks_equals_one_at_once(tiny, texts, at_once, chunk):
-    logits, cache = tiny.prefill(texts, np.zeros(BATCH, np.int32), LENGTHS, tiny.cache(), chunk=chunk)
+def test_a_prefill_in_chunks_equals_one_at_once(tiny, prompts, at_once, chunk):
+    logits, cache = tiny.prefill(prompts, START, LENGTHS, tiny.cache(), chunk=chunk)
 
     expected_logits, expected_cache = at_once
     assert_close(logits, expected_logits)
     assert_caches_close(cache, expected_cache)
 
 
-def test_a_prefill_in_chunks_of_one_equals_one_at_once(tiny, texts, at_once):
-    short = LENGTHS <= 129
-    start = np.zeros(short.sum(), np.int32)
+def test_a_prefill_in_chunks_of_one_equals_one_at_once(tiny, prompts, at_once):
+    short = np.flatnonzero(LENGTHS <= 129)
 
-    logits, cache = tiny.prefill(texts[short, :129], start, LENGTHS[short], tiny.cache(short.sum()), chunk=1)
+    logits, cache = tiny.prefill(
+        prompts[short, :129], START[short], LENGTHS[short], tiny.cache(len(short)), chunk=1
+    )
 
     expected_logits, expected_cache = at_once
     assert_close(logits, expected_logits[short])
     assert_caches_close(cache, jax.tree.map(lambda leaf: leaf[short], expected_cache))
 
 
-def test_a_prompt_in_two_calls_equals_one_at_once(tiny, texts, at_once):
+def test_a_prompt_in_two_calls_equals_one_at_once(tiny, prompts, at_once):
     first = np.maximum(LENGTHS * 3 // 5, 1)
-    position = np.where(LENGTHS > 1, first, 0)  # the text of one token is read a second time
+    position = np.where(LENGTHS > 1, first, 0)  # the prompt of one token is read a second time
     columns = (position[:, None] + np.arange(LONGEST)) % LONGEST
+    rest = np.take_along_axis(prompts, columns, axis=1)
 
-    _, cache = tiny.prefill(texts, np.zeros(BATCH, np.int32), first, tiny.cache())
-    rest = np.take_along_axis(texts, columns, axis=1)
+    _, cache = tiny.prefill(prompts, START, first, tiny.cache())
     logits, cache = tiny.prefill(rest, position, LENGTHS - position, cache)
 
     expected_logits, expected_cache = at_once
@@ -138,23 +148,22 @@ def test_a_prompt_in_two_calls_equals_one_at_once(tiny, texts, at_once):
     assert_caches_close(cache, expected_cache)
 
 
-def test_a_row_of_a_batch_gets_what_it_gets_alone(tiny, texts, at_once):
+def test_a_row_of_a_batch_gets_what_it_gets_alone(tiny, prompts, at_once):
     expected_logits, expected_cache = at_once
 
-    for row, length in enumerate(LENGTHS):
-        logits, cache = tiny.prefill(
-            texts[row, None], np.zeros(1, np.int32), length[None], tiny.cache(batch=1)
-        )
+    for row in range(BATCH):
+        only = slice(row, row + 1)
+        logits, cache = tiny.prefill(prompts[only], START[only], LENGTHS[only], tiny.cache(batch=1))
 
-        assert_close(logits[0], expected_logits[row])
-        assert_caches_close(cache, jax.tree.map(lambda leaf, row=row: leaf[row, None], expected_cache))
+        assert_close(logits, expected_logits[only])
+        assert_caches_close(cache, jax.tree.map(lambda leaf, only=only: leaf[only], expected_cache))
 
 
-def test_what_pads_a_row_changes_nothing(tiny, texts, at_once):
+def test_what_pads_a_row_changes_nothing(tiny, prompts, at_once):
     padding = np.arange(LONGEST) >= LENGTHS[:, None]
-    others = np.where(padding, (texts + 7) % tiny.config.vocab_size, texts)
+    others = np.where(padding, (prompts + 7) % tiny.config.vocab_size, prompts)
 
-    logits, cache = tiny.prefill(others, np.zeros(BATCH, np.int32), LENGTHS, tiny.cache())
+    logits, cache = tiny.prefill(others, START, LENGTHS, tiny.cache())
 
     expected_logits, expected_cache = at_once
     np.testing.assert_array_equal(logits, expected_logits)
@@ -181,21 +190,19 @@ def test_padding_leaves_no_trace_in_the_cache(tiny, at_once):
 # Sequences that are set back.
 
 
-@pytest.mark.parametrize("around", [14, 124], ids=["at the sliding window", "at the window of 128"])
-def test_rejected_tokens_leave_no_trace(tiny, texts, stepwise, around):
-    # Each round reads a token and three drafts, of which the last 1, 2 or 3 are wrong, and steps back. Five
-    # starts by three such counts: every offset modulo 4, and all positions from 3 before to 3 after the edge.
-    wrong = np.repeat(np.arange(1, 4, dtype=np.int32), 5)
-    position = np.tile(around + np.arange(5, dtype=np.int32), 3)
-    rows, drafted = np.arange(BATCH), np.arange(1 + MAX_DRAFT)
-    _, cache = tiny.prefill(texts, np.zeros(BATCH, np.int32), position, tiny.cache())
+@pytest.mark.parametrize("wrong", [1, 2, 3], ids="{} wrong tokens".format)
+def test_rejected_tokens_leave_no_trace(tiny, texts, stepwise, at_once, wrong):
+    # Each round reads a token and three drafts, the last of which are wrong, steps back and goes on right.
+    # It begins two tokens before each length, so that wrong tokens close windows and the wrap of the rings.
+    reads = np.full(BATCH, 1 + MAX_DRAFT, np.int32)
+    position, rows = np.maximum(LENGTHS - 2, 1), np.arange(BATCH)
+    cache = placed(at_once[1])
 
     for _ in range(3):
-        tokens = texts[rows[:, None], position[:, None] + drafted]
-        rejected = drafted >= len(drafted) - wrong[:, None]
-        tokens = np.where(rejected, (tokens + 101) % tiny.config.vocab_size, tokens)
-        _, cache = tiny.prefill(tokens, position, np.full(BATCH, len(drafted), np.int32), cache)
-        position = position + len(drafted) - wrong
+        tokens = texts[rows[:, None], position[:, None] + np.arange(1 + MAX_DRAFT)]
+        tokens[:, -wrong:] = (tokens[:, -wrong:] + 101) % tiny.config.vocab_size
+        _, cache = tiny.prefill(tokens, position, reads, cache)
+        position = position + 1 + MAX_DRAFT - wrong
 
         logits, cache = tiny.step(texts[rows, position], position, cache)
         assert_close(logits, stepwise[position, rows])
@@ -245,8 +252,7 @@ class Request:
         first, last = path
         matrix = np.float32(self.params[first][last])
         change(matrix)
-        changed = jax.device_put(jnp.asarray(matrix, jnp.bfloat16), jax.devices()[0])
-        return self.params | {first: {last: changed}}
+        return self.params | {first: {last: placed(jnp.asarray(matrix, jnp.bfloat16))}}
 
 
 @pytest.fixture(scope="module")
@@ -264,15 +270,14 @@ def first_uses(tokens: np.ndarray) -> list[int]:
     return [place for place in range(1, len(tokens)) if tokens[place] not in tokens[:place]]
 
 
-def test_greedy_generation_equals_a_loop_of_steps(tiny, texts, greedy):
-    logits, cache = tiny.prefill(texts, np.zeros(BATCH, np.int32), LENGTHS, tiny.cache())
+def test_greedy_generation_equals_a_loop_of_steps(tiny, greedy, at_once):
+    logits, cache = at_once[0], placed(at_once[1])
     tokens, logprobs = [], []
     for step in range(TOKENS):
-        tokens.append(logits.argmax(-1).astype(np.int32))
-        logprobs.append(
-            np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), tokens[-1][:, None], 1)[:, 0]
-        )
-        logits, cache = tiny.step(tokens[-1], LENGTHS + step, cache)
+        best = logits.argmax(-1).astype(np.int32)
+        tokens.append(best)
+        logprobs.append(np.asarray(jax.nn.log_softmax(logits))[np.arange(BATCH), best])
+        logits, cache = tiny.step(best, LENGTHS + step, cache)
 
     np.testing.assert_array_equal(greedy.tokens, np.stack(tokens, 1)[PROMPTS])
     assert_close(greedy.logprobs, np.stack(logprobs, 1)[PROMPTS])
