@@ -150,7 +150,7 @@ def main() -> int:
     w1, w2, w3 = weights
 
     for tokens in arguments.tokens:
-        inputs = requests(config, tokens, max(2, min(16, 4096 // tokens)), jax.random.key(tokens))
+        inputs = requests(config, tokens, max(4, min(64, 1024 // tokens)), jax.random.key(tokens))
         floor = floor_us(config, [each[1] for each in inputs], activation is not None)
 
         def measure(sizes, name, tokens=tokens, inputs=inputs, floor=floor) -> float:
