@@ -89,6 +89,22 @@ def tiny_fp4(load_golden: Callable[[str], Golden]) -> Golden:
 
 
 @pytest.fixture(scope="session")
+def shallow() -> Callable[[LoadedModel], LoadedModel]:
+    """Cuts tiny-fp4 to its first three layers, which hold every module there is and compile sooner.
+
+    They are an SWA and a CSA layer routed by token id, and an HCA layer routed by score.
+    """
+
+    def cut(loaded: LoadedModel) -> LoadedModel:
+        ratios = (*loaded.config.main_ratios[:3], 0)
+        config = dataclasses.replace(loaded.config, num_hidden_layers=3, compress_ratios=ratios)
+        layers = {layer: loaded.params["layers"][layer] for layer in range(3)}
+        return dataclasses.replace(loaded, config=config, params=loaded.params | {"layers": layers})
+
+    return cut
+
+
+@pytest.fixture(scope="session")
 def dump_outputs() -> ModuleType:
     """scripts/dump_outputs.py, which computes every golden whole-model output, as a module."""
     path = TESTS.parent / "scripts" / "dump_outputs.py"

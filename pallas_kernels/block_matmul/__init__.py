@@ -4,11 +4,51 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.block_matmul import reference
+from pallas_kernels.block_matmul.tiles import BLOCK
 from pallas_kernels.dispatch import Implementation, select
 from pallas_kernels.formats import QuantArray
+from pallas_kernels.target import Target
 
-MATMUL = (Implementation("reference", reference.block_matmul),)
-DIAGONAL = (Implementation("reference", reference.block_diagonal_matmul),)
+MOST_NUMBERS = 2**31  # the kernels' offsets have 32 bits
+
+
+def _triton_block_matmul(*args, **kwargs):
+    from pallas_kernels.block_matmul import triton  # Triton is an extra that a CPU does without
+
+    return triton.block_matmul(*args, **kwargs)
+
+
+def _triton_block_diagonal_matmul(*args, **kwargs):
+    from pallas_kernels.block_matmul import triton
+
+    return triton.block_diagonal_matmul(*args, **kwargs)
+
+
+def _triton_fits(target: Target, x, weight, out_dtype) -> bool:
+    """An FP8 weight in whole blocks of columns, and activations in FP8 or bfloat16."""
+    if target.vendor == "cpu" or (target.vendor == "rocm" and target.arch not in ("gfx942", "gfx950")):
+        return False
+    if not isinstance(weight, QuantArray) or weight.format != "fp8_block128" or weight.ndim != 2:
+        return False
+    right_x = x.format == "fp8_token128" if isinstance(x, QuantArray) else x.dtype == jnp.bfloat16
+    right_out = jnp.dtype(out_dtype) in (jnp.bfloat16, jnp.float32)
+    right_size = weight.shape[1] % BLOCK == 0 and 0 < x.size < MOST_NUMBERS and weight.size < MOST_NUMBERS
+    return right_x and right_out and right_size
+
+
+def _triton_fits_diagonal(target: Target, x, weight, out_dtype) -> bool:
+    whole_tiles = weight.shape[0] // x.shape[-2] % 16 == 0
+    return whole_tiles and not isinstance(x, QuantArray) and _triton_fits(target, x, weight, out_dtype)
+
+
+MATMUL = (
+    Implementation("triton", _triton_block_matmul, fits=_triton_fits),
+    Implementation("reference", reference.block_matmul),
+)
+DIAGONAL = (
+    Implementation("triton", _triton_block_diagonal_matmul, fits=_triton_fits_diagonal),
+    Implementation("reference", reference.block_diagonal_matmul),
+)
 
 
 def block_matmul(

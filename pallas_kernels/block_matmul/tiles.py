@@ -48,23 +48,26 @@ def tile_for(arch: str, operand: Operand, tokens: int, rows: int, columns: int, 
 
 def _by_rule(arch: str, operand: Operand, tokens: int, rows: int, columns: int, groups: int) -> Tile:
     blocks = columns // BLOCK
-    most_rows = math.gcd(rows // groups, 128) if groups > 1 else 128
-    busy_rows = next((size for size in (128, 64, 32) if rows // size >= PROGRAMS), 16)
+    most = 128 if groups == 1 else math.gcd(rows // groups, 128)
+    busy = min(most, next((size for size in (128, 64, 32) if rows // size >= PROGRAMS), 16))
     if arch not in ("sm_90", "sm_100"):
-        # Nothing measured; 64 KiB of shared memory, as the CDNA3 chips have, hold any of these.
+        # Nothing is measured here. 64 KiB of shared memory, all that a CDNA3 chip has, hold any of these.
         span = math.gcd(blocks, 4)
         if tokens <= 16 and span > 1:
-            return Tile(16, min(busy_rows, most_rows, 32), span=span, num_warps=span, num_stages=2)
-        return Tile(32 if tokens <= 32 else 64, min(64, most_rows), num_stages=2)
+            return Tile(16, min(busy, 32), span=span, num_warps=span, num_stages=2)
+        return Tile(32 if tokens <= 32 else 64, min(64, most), num_stages=2)
     if tokens <= 16:
-        span = math.gcd(blocks, 8)
-        if span > 1 and busy_rows < 64:
-            return Tile(16, min(busy_rows, most_rows), span=span, num_warps=max(span, 4), num_stages=3)
-        return Tile(16, min(max(busy_rows, 64), most_rows))
+        few = 8 if tokens <= 8 else 16
+        span = math.gcd(blocks, 8 if busy <= 32 else 4)
+        if span > 1 and busy <= 64:
+            return Tile(few, busy, span=span, num_warps=max(span, 4), num_stages=4)
+        return Tile(few, busy, num_stages=5)
     if tokens <= 128:
-        wide = min(max(busy_rows, 64), most_rows)
-        splits = math.gcd(blocks, 4) if rows // wide < PROGRAMS // 2 else 1
-        return Tile(64, wide, stack=1 if tokens <= 64 else 2, splits=splits, num_stages=3)
+        wide = min(max(busy, 64), most)
+        parts = -(-PROGRAMS // (rows // wide))
+        splits = math.gcd(blocks, 1 << min(parts.bit_length() - 1, 3))
+        return Tile(64, wide, stack=1 if tokens <= 64 else 2, splits=splits)
     if operand == "bf16":
-        return Tile(128, most_rows, num_warps=8, num_stages=3)
-    return Tile(64, min(128 if tokens * rows >= PROGRAMS * 128**2 else 64, most_rows), stack=2, num_stages=3)
+        return Tile(128, most, num_warps=8, num_stages=3)
+    wide = min(128 if tokens * rows >= PROGRAMS * 128**2 else 64, most)
+    return Tile(64, wide, stack=2, num_stages=3)

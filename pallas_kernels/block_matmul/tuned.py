@@ -1,7 +1,7 @@
-"""The fastest tiles measured, by arch, operand and shape; `scripts/bench/block_matmul.py --tune` writes this.
+"""The fastest tiles measured, written by `scripts/bench/block_matmul.py --tune`.
 
-A shape is (rows, columns) of the weight; under it stand the tiles by the most tokens they are for, each with
-the fields of `tiles.Tile` in their order. Nothing is in it yet: these are what we expect to be fast.
+By arch, by what x holds, and by (rows, columns) of the weight; then by the most tokens a tile is for. A tile
+has the fields of `tiles.Tile` in their order.
 """
 
 TUNED: dict[str, dict[str, dict[tuple[int, int], dict[int, tuple[int, ...]]]]] = {}

@@ -95,11 +95,11 @@ def relative_error(out: jax.Array, expected: jax.Array) -> float:
 
 
 def check(x, experts, plan, shares, inner, out, weights, activation) -> tuple[float, float]:
-    """Relative error of each product against float32 on the kernel's own inputs, for the busiest experts."""
+    """Relative error of each product against float32 on the kernel's own inputs, for three experts."""
     w1, w2, w3 = weights
     choices = experts.shape[1]
     sorted_experts = experts.reshape(-1)[plan.order]
-    chosen = jnp.unique(sorted_experts)[:8]
+    chosen = jnp.unique(sorted_experts)[:3]
     errors = []
 
     def numbers(stack, expert):

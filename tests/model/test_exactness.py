@@ -57,13 +57,15 @@ class Tiny:
 
 
 @pytest.fixture(scope="module")
-def tiny(tiny_fp4) -> Tiny:
+def tiny(tiny_fp4, shallow) -> Tiny:
+    loaded = shallow(tiny_fp4.loaded)
+
     def plain(leaf):
         # bfloat16 holds every FP8 and FP4 weight exactly, and a step need not decode them again.
         return dequantize(leaf, leaf.exact_dtype) if isinstance(leaf, QuantArray) else leaf
 
-    params = jax.tree.map(plain, tiny_fp4.loaded.params, is_leaf=lambda leaf: isinstance(leaf, QuantArray))
-    return Tiny(tiny_fp4.loaded.config, params)
+    params = jax.tree.map(plain, loaded.params, is_leaf=lambda leaf: isinstance(leaf, QuantArray))
+    return Tiny(loaded.config, params)
 
 
 @pytest.fixture(scope="module")
