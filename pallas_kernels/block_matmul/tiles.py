@@ -64,8 +64,8 @@ def _by_rule(arch: str, operand: Operand, tokens: int, rows: int, columns: int, 
         return Tile(few, busy, num_stages=5)
     if tokens <= 128:
         wide = min(max(busy, 64), most)
-        parts = -(-PROGRAMS // (rows // wide))
-        splits = math.gcd(blocks, 1 << min(parts.bit_length() - 1, 3))
+        parts = PROGRAMS // -(-rows // wide)
+        splits = math.gcd(blocks, 1 << min(max(parts, 1).bit_length() - 1, 3))
         return Tile(64, wide, stack=1 if tokens <= 64 else 2, splits=splits)
     if operand == "bf16":
         return Tile(128, most, num_warps=8, num_stages=3)

@@ -174,42 +174,39 @@ def block_matmul(
     tile: Tile | None = None,
     engine: Engine = "ffi",
 ) -> jax.Array:
-    *lead, columns = x.shape
-    grouped = (-1, 1, columns)
-    if isinstance(x, QuantArray):
-        values, scale = x.values.reshape(grouped), x.scale.reshape(-1, 1, columns // BLOCK)
-        out = _launch(values, scale, weight, out_dtype, tile, engine)
-    else:
-        out = _launch(x.reshape(grouped), None, weight, out_dtype, tile, engine)
-    return out.reshape(*lead, weight.shape[0])
+    return _launch(x, 1, weight, out_dtype, tile, engine).reshape(*x.shape[:-1], weight.shape[0])
 
 
 def block_diagonal_matmul(
     x: jax.Array, weight: QuantArray, out_dtype, *, tile: Tile | None = None, engine: Engine = "ffi"
 ) -> jax.Array:
-    *lead, groups, columns = x.shape
-    out = _launch(x.reshape(-1, groups, columns), None, weight, out_dtype, tile, engine)
-    return out.reshape(*lead, groups, -1)
+    return _launch(x, x.shape[-2], weight, out_dtype, tile, engine).reshape(*x.shape[:-1], -1)
 
 
 def _launch(
-    x: jax.Array, x_scale: jax.Array | None, weight: QuantArray, out_dtype, tile: Tile | None, engine: Engine
+    operand: jax.Array | QuantArray,
+    groups: int,
+    weight: QuantArray,
+    out_dtype,
+    tile: Tile | None,
+    engine: Engine,
 ) -> jax.Array:
-    """[tokens, rows of the weight] of x [tokens, groups, columns]."""
-    (tokens, groups, columns), rows, values = x.shape, weight.shape[0], weight.values
-    target = current_target()
+    """[tokens, rows] of the product, where each group of the operand has its share of the rows."""
+    (rows, columns), target = weight.shape, current_target()
     if columns % BLOCK:
         raise NotImplementedError(f"the kernel takes multiples of {BLOCK} columns, not {columns}")
-    operand = "bf16" if x_scale is None else "fp8"
-    tile = tile or tile_for(target.arch, operand, tokens, rows, columns, groups)
-    if not tile.divides(columns, rows // groups, groups):
-        raise ValueError(f"{tile} does not divide {groups} groups of {rows // groups} x {columns}")
-    if x_scale is None:
-        x_scale = weight.scale  # holds the place: the kernels scale no bfloat16 activations
-    elif values.dtype == jnp.float8_e4m3fnuz and x.dtype != values.dtype:
-        x, x_scale = _as_fnuz(x, x_scale)
+    if isinstance(operand, QuantArray):
+        holds, x, x_scale = "fp8", operand.values, operand.scale
+    else:
+        holds, x, x_scale = "bf16", operand, weight.scale  # this scale only holds the place
+    tokens, values = x.size // (groups * columns), weight.values
+    if holds == "fp8" and values.dtype == jnp.float8_e4m3fnuz and x.dtype != values.dtype:
+        x, x_scale = as_fnuz(x, x_scale)
     if target.vendor == "cuda" and int(target.arch[3:]) < 89:
         x, values = _without_fp8(x), _without_fp8(values)
+    tile = tile or tile_for(target.arch, holds, tokens, rows, columns, groups)
+    if not tile.divides(columns, rows // groups, groups):
+        raise ValueError(f"{tile} does not divide {groups} groups of {rows // groups} x {columns}")
 
     across, down = -(-rows // tile.rows), -(-tokens // (tile.tokens * tile.stack))
     if tile.span > 1:
@@ -233,7 +230,7 @@ def _launch(
     return functools.reduce(operator.add, list(parts)).astype(out_dtype)
 
 
-def _as_fnuz(values: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
+def as_fnuz(values: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
     """E4M3 in the form of the CDNA3 chips: the same bits stand for half the value, and -0 for no number."""
     bits = jax.lax.bitcast_convert_type(values, jnp.uint8)
     bits = jnp.where(bits == 0x80, jnp.uint8(0), bits)

@@ -164,12 +164,13 @@ def program(run: Callable[..., jax.Array], rounds: int) -> Any:
         if rounds == 1:
             return one_round(x, weights)
 
-        def body(_: Any, carry: tuple[Any, list[jax.Array]]) -> tuple[Any, list[jax.Array]]:
-            # To XLA the next round's x hangs on this round's results: it can neither hoist nor merge calls.
-            return jax.lax.optimization_barrier((carry[0], one_round(carry[0], weights)))
+        def body(_: Any, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+            # To XLA the next round's inputs hang on this one's results: it can neither hoist nor merge.
+            x, weights, _ = carry
+            return jax.lax.optimization_barrier((x, weights, one_round(x, weights)))
 
         zeros = [jnp.zeros(out.shape, out.dtype) for out in jax.eval_shape(one_round, x, weights)]
-        return jax.lax.fori_loop(0, rounds, body, (x, zeros))[1]
+        return jax.lax.fori_loop(0, rounds, body, (x, weights, zeros))[2]
 
     return jax.jit(all_rounds)
 

@@ -252,6 +252,30 @@ def test_sorting_by_expert_is_stable_and_counts_every_pair():
     assert group_sizes.tolist() == [int((experts == each).sum()) for each in range(6)]
 
 
+@pytest.mark.parametrize("weight", ["plain", "fp4 groups", "fp8 blocks"])
+def test_expert_mlp_is_the_weighted_sum_of_each_tokens_experts(weight):
+    tokens, n_experts, hidden, inner = 7, 5, 32, 64
+    x, share = normal(tokens, hidden), np.abs(normal(tokens, 2, seed=1))
+    experts = (
+        np.random.default_rng(2).integers(0, n_experts - 1, (tokens, 2)).astype(np.int32)
+    )  # not the last
+    w1, w3 = (OPERANDS[weight](normal(n_experts, inner, hidden, seed=seed)) for seed in (3, 4))
+    w2 = OPERANDS[weight](normal(n_experts, hidden, inner, seed=5))
+
+    out = jax.jit(functools.partial(pk.expert_mlp, limit=2.0))(x, experts, share, w1, w2, w3)
+
+    expected, magnitude = np.zeros((tokens, hidden)), 0.0
+    for token, choice in np.ndindex(experts.shape):
+        e = experts[token, choice]
+        gate = np.minimum(numbers(w1)[e] @ np.float64(x[token]), 2.0)
+        up = np.clip(numbers(w3)[e] @ np.float64(x[token]), -2.0, 2.0)
+        activated = np.float64(share[token, choice]) * gate / (1 + np.exp(-gate)) * up
+        expected[token] += numbers(w2)[e] @ activated
+        magnitude = max(magnitude, (np.abs(numbers(w2)[e]) @ np.abs(activated)).max())
+    # Sums of 32 and then 64 terms, with errors of at most as many half-ulps of the magnitudes summed.
+    np.testing.assert_allclose(out, expected, rtol=0, atol=2 * (32 + 64) * ULP * magnitude)
+
+
 # Hyper-connections.
 
 

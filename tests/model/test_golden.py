@@ -1,6 +1,7 @@
 """The whole model against the official implementation: every array of expected.npz."""
 
 import functools
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,9 +18,14 @@ def reference_keys(checkpoint: str) -> list[str]:
         return [key for key in archive.files if not key.startswith(("in/", "info/"))]
 
 
+def mode(key: str) -> str:
+    """What computes a key: "plain", "kvquant", or "greedy" for greedy37 and the like."""
+    return re.sub(r"\d+$", "", key.split("/")[0])
+
+
 @pytest.fixture(scope="module")
 def outputs(load_golden, dump_outputs) -> Callable[[str, str], dict[str, np.ndarray]]:
-    """What our model gives for the keys that begin with a word, computed once."""
+    """What our model gives for the keys of a mode, computed once."""
 
     @functools.cache
     def of_mode(checkpoint: str, mode: str) -> dict[str, np.ndarray]:
@@ -28,7 +34,8 @@ def outputs(load_golden, dump_outputs) -> Callable[[str, str], dict[str, np.ndar
             return dump_outputs.plain(loaded, inputs, DECODE_STEPS)
         if mode == "kvquant":
             return dump_outputs.kvquant(loaded, inputs)
-        return dump_outputs.greedy(loaded, {mode: inputs[f"in/{mode}/prompt"]})
+        names = [match[1] for key in inputs if (match := re.fullmatch(r"in/(greedy\d+)/prompt", key))]
+        return dump_outputs.greedy(loaded, {name: inputs[f"in/{name}/prompt"] for name in names})
 
     return of_mode
 
@@ -38,7 +45,7 @@ def outputs(load_golden, dump_outputs) -> Callable[[str, str], dict[str, np.ndar
     [(checkpoint, key) for checkpoint in CHECKPOINTS for key in reference_keys(checkpoint)],
 )
 def test_the_model_gives_what_the_official_one_gives(checkpoint, key, load_golden, outputs):
-    found = outputs(checkpoint, key.split("/")[0])
+    found = outputs(checkpoint, mode(key))
 
     load_golden(checkpoint).assert_agrees(key, found[key])
 
@@ -47,6 +54,6 @@ def test_the_model_gives_what_the_official_one_gives(checkpoint, key, load_golde
 def test_every_reference_array_is_tested(checkpoint, outputs):
     keys = reference_keys(checkpoint)
 
-    found = [key for mode in {key.split("/")[0] for key in keys} for key in outputs(checkpoint, mode)]
+    found = [key for each in {mode(key) for key in keys} for key in outputs(checkpoint, each)]
 
     assert sorted(found) == sorted(keys)
