@@ -116,33 +116,31 @@ def _mtp(loaded: LoadedModel, inputs, ids: jax.Array, prompt: int) -> dict[str, 
 
 
 def greedy(loaded: LoadedModel, prompts: dict[str, np.ndarray], tokens: int = 32) -> dict[str, np.ndarray]:
-    """Keys greedyN/...: the continuation, and the logits that choose its first and last token."""
-    config, params, out = loaded.config, loaded.params, {}
-    for name, prompt in prompts.items():
-        ids = jnp.asarray(prompt, jnp.int32)
-        batch, length = ids.shape
-        whole, max_len = jnp.full(batch, length), room(length + tokens)
-        written = generate(
-            config,
-            PLAIN,
-            params,
-            ids,
-            whole,
-            SamplingArrays.stack([SamplingParams(temperature=0.0)] * batch),
-            jnp.full(batch, tokens),
-            jnp.zeros(batch, bool),
-            max_new=tokens,
-            max_len=max_len,
-        ).tokens
-        read = jnp.concatenate([ids, written], 1)
-        cache = make_cache(config, PLAIN, batch=batch, max_len=max_len)
-        start = jnp.zeros(batch, jnp.int32)
-        first, cache = prefill(config, PLAIN, params, ids, start, whole, cache)
-        last, _ = prefill(
-            config, PLAIN, params, read[:, length:-1], whole, jnp.full(batch, tokens - 1), cache
-        )
-        out[f"{name}/tokens"] = written.astype(jnp.int16)
-        out[f"{name}/first_logits"], out[f"{name}/last_logits"] = first, last
+    """Keys greedyN/...: the continuation, and the logits that choose its first and last token.
+
+    All prompts are rows of one batch, each padded to the longest.
+    """
+    if not prompts:
+        return {}
+    config, params = loaded.config, loaded.params
+    lengths = np.array([prompt.shape[1] for prompt in prompts.values()], np.int32)
+    batch, longest = len(prompts), int(lengths.max())
+    ids = np.stack([np.pad(prompt[0], (0, longest - prompt.shape[1])) for prompt in prompts.values()])
+    ids, max_len = jnp.asarray(ids, jnp.int32), room(longest + tokens)
+    sampling = SamplingArrays.stack([SamplingParams(temperature=0.0)] * batch)
+    limits = jnp.full(batch, tokens), jnp.zeros(batch, bool)
+    written = generate(
+        config, PLAIN, params, ids, lengths, sampling, *limits, max_new=tokens, max_len=max_len
+    ).tokens
+
+    cache = make_cache(config, PLAIN, batch=batch, max_len=max_len)
+    first, cache = prefill(config, PLAIN, params, ids, jnp.zeros_like(lengths), lengths, cache)
+    read = jnp.full(batch, tokens - 1)  # the last token is not read back
+    last, _ = prefill(config, PLAIN, params, written[:, :-1], lengths, read, cache)
+    out = {}
+    for row, name in enumerate(prompts):
+        out[f"{name}/tokens"] = written[row, None].astype(jnp.int16)
+        out[f"{name}/first_logits"], out[f"{name}/last_logits"] = first[row, None], last[row, None]
     return {key: np.asarray(value) for key, value in out.items()}
 
 

@@ -58,14 +58,14 @@ def _by_rule(arch: str, operand: Operand, tokens: int, rows: int, columns: int, 
         return Tile(32 if tokens <= 32 else 64, min(64, most), num_stages=2)
     if tokens <= 16:
         few = 8 if tokens <= 8 else 16
-        span = math.gcd(blocks, 8 if busy <= 32 else 4)
-        if span > 1 and busy <= 64:
+        span = math.gcd(blocks, 8 if busy == 16 else 4)
+        if span > 1 and busy <= 32:
             return Tile(few, busy, span=span, num_warps=max(span, 4), num_stages=4)
         return Tile(few, busy, num_stages=5)
     if tokens <= 128:
         wide = min(max(busy, 64), most)
-        parts = PROGRAMS // -(-rows // wide)
-        splits = math.gcd(blocks, 1 << min(max(parts, 1).bit_length() - 1, 3))
+        parts = max(1, 2 * PROGRAMS // -(-rows // wide))
+        splits = math.gcd(blocks, 1 << min(parts.bit_length() - 1, 2)) if wide < 128 else 1
         return Tile(64, wide, stack=1 if tokens <= 64 else 2, splits=splits)
     if operand == "bf16":
         return Tile(128, most, num_warps=8, num_stages=3)

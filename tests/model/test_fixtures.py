@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from dsv4_jax.cache import CompressedCache, LayerCache
-from dsv4_jax.config import Config
+from dsv4_jax.config import FLASH, Config
 from dsv4_jax.model import declare
 from dsv4_jax.nn.attention import Attention
 from dsv4_jax.nn.rope import rope_angles, rope_frequencies, rotate
@@ -241,3 +241,19 @@ def test_every_reference_array_is_tested(checkpoint, outputs):
     found = [key for family in families for key in outputs(checkpoint, family)]
 
     assert sorted(found) == sorted(keys)
+
+
+def test_yarn_keeps_fast_frequencies_and_slows_the_others_down():
+    frequencies = rope_frequencies(FLASH, 4)
+
+    # A ramp from pair 15 to pair 25, a sixteenth after it; written with seven digits.
+    pairs = [0, 1, 14, 15, 16, 17, 20, 24, 25, 31]
+    expected = [1, 0.6876560, 5.286857e-3, 3.635539e-3, 2.265625e-3, 1.396801e-3]
+    expected += [2.969778e-4, 1.953125e-5, 5.372312e-6, 5.680529e-7]
+    np.testing.assert_allclose(frequencies[pairs], expected, rtol=5e-7)
+
+
+def test_layers_that_do_not_compress_turn_at_plain_frequencies():
+    frequencies = rope_frequencies(FLASH, 0)
+
+    np.testing.assert_allclose(frequencies, [10000 ** (-2 * pair / 64) for pair in range(32)], rtol=2**-23)
