@@ -110,6 +110,11 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--numerics", choices=list(PRESETS), default="official", help="default: %(default)s"
     )
+    generate.add_argument(
+        "--implementation",
+        metavar="NAME|OP=NAME,...",
+        help="reference, triton...: of all ops, or op by op (default: the fastest that fits)",
+    )
     generate.add_argument("--mesh", type=_mesh_sizes, default={}, metavar="tp=N,ep=N,dp=N")
     generate.add_argument("--max-len", type=int, metavar="N", help="tokens of prompt and answer together")
     generate.add_argument("--max-batch", type=int, default=32, metavar="N", help="prompts that run together")
@@ -180,6 +185,7 @@ def _outputs(
     llm = LLM.from_pretrained(
         arguments.checkpoint,
         numerics=PRESETS[arguments.numerics],
+        implementation=arguments.implementation,
         mesh=make_mesh(**arguments.mesh) if arguments.mesh else None,
         verify=arguments.verify,
         strict=arguments.strict,

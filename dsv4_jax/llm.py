@@ -20,6 +20,7 @@ from dsv4_jax.numerics import OFFICIAL, Numerics
 from dsv4_jax.prompts import check_prompt
 from dsv4_jax.sampling import SamplingArrays, SamplingParams
 from dsv4_jax.tokenizer import Tokenizer
+from pallas_kernels.dispatch import choose, parse_choice
 
 # Shapes are rounded up to powers of two from these on, so that few programs serve all requests.
 SHORTEST_PROMPT = 64
@@ -80,6 +81,7 @@ class LLM:
     Attributes:
       model: parameters and config.
       numerics: the arithmetic it runs in.
+      implementation: of its ops, as `pallas_kernels.dispatch.parse_choice` reads it; None: the fastest.
       tokenizer: None if the checkpoint folder has none; prompts are then token ids.
       max_len: tokens that a prompt and its answer may have together.
       max_batch: prompts that run together; more are answered in turns.
@@ -90,6 +92,7 @@ class LLM:
         model: LoadedModel,
         *,
         numerics: Numerics = OFFICIAL,
+        implementation: str | None = None,
         tokenizer: Tokenizer | None = None,
         max_len: int | None = None,
         max_batch: int = 32,
@@ -99,7 +102,9 @@ class LLM:
             raise RequestError(f"max_len must be in [1, {longest}] (max_position_embeddings), got {max_len}.")
         if max_batch < 1:
             raise RequestError(f"max_batch must be at least 1, got {max_batch}.")
+        _check_implementation(implementation)
         self.model, self.numerics, self.tokenizer = model, numerics, tokenizer
+        self.implementation = implementation
         self.max_len, self.max_batch = max_len or longest, max_batch
 
     @classmethod
@@ -108,6 +113,7 @@ class LLM:
         folder: str | Path,
         *,
         numerics: Numerics = OFFICIAL,
+        implementation: str | None = None,
         mesh: Mesh | None = None,
         mtp: bool = False,
         verify: Verify = "header",
@@ -119,12 +125,21 @@ class LLM:
         """Loads a checkpoint in the official format, and its tokenizer.json if there is one.
 
         Raises:
+          RequestError: there is no such implementation. Nothing has been read then.
           DSV4Error: see `checkpoint.load.load` and `Tokenizer.from_pretrained`.
         """
+        _check_implementation(implementation)
         model = load(folder, mtp=mtp, mesh=mesh, verify=verify, strict=strict, progress=progress)
         has_text = Tokenizer.exists(folder)
         tokenizer = Tokenizer.from_pretrained(folder, model.config.vocab_size) if has_text else None
-        return cls(model, numerics=numerics, tokenizer=tokenizer, max_len=max_len, max_batch=max_batch)
+        return cls(
+            model,
+            numerics=numerics,
+            implementation=implementation,
+            tokenizer=tokenizer,
+            max_len=max_len,
+            max_batch=max_batch,
+        )
 
     def generate(
         self,
@@ -190,7 +205,11 @@ class LLM:
 
         model = self.model
         started = time.perf_counter()
-        with count_compiles() as compiles, jax.set_mesh(model.mesh) if model.mesh else nullcontext():
+        with (
+            count_compiles() as compiles,
+            jax.set_mesh(model.mesh) if model.mesh else nullcontext(),
+            choose(self.implementation),
+        ):
             written = generate(
                 model.config,
                 self.numerics,
@@ -226,6 +245,13 @@ class LLM:
             finish_reason=reason,
             timings=timings,
         )
+
+
+def _check_implementation(implementation: str | None) -> None:
+    try:
+        parse_choice(implementation)
+    except (ValueError, NotImplementedError) as error:
+        raise RequestError(str(error)) from None
 
 
 def _is_one(prompts: Any) -> bool:

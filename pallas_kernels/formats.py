@@ -56,7 +56,8 @@ class QuantArray:
     """A quantised matrix, or a stack of them: `dequantize` gives its numbers back.
 
     Attributes:
-      values: [..., rows, columns / packed], float8_e4m3fn or packed uint8.
+      values: [..., rows, columns / packed], float8_e4m3fn or packed uint8; float8_e4m3fnuz for chips
+        that multiply no other FP8 (`fnuz.for_target`).
       scale: [..., ceil(rows / block rows), ceil(columns / block columns)], uint8 (E8M0) or float32.
       format: a key of FORMATS.
     """

@@ -28,6 +28,11 @@ class Target:
             return int(self.arch.removeprefix("sm_")) >= 90
         return self.vendor == "rocm" and self.arch == "gfx950"
 
+    @property
+    def has_e4m3fnuz(self) -> bool:
+        """Whether the chip's matrix units take float8_e4m3fnuz, CDNA3's FP8: half the range, one zero."""
+        return self.vendor == "rocm" and self.arch == "gfx942"
+
 
 @functools.cache
 def current_target() -> Target:

@@ -1,34 +1,54 @@
-"""Fake devices, cheap compilation, and the golden checkpoints, each loaded once."""
+"""Where tests run and how they compile, and the golden checkpoints, each loaded once."""
 
+import dataclasses
+import functools
+import importlib.util
+import json
 import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 
-# Read when JAX first compiles. The tests run tiny programs once, so compiling them well costs more than it
-# saves; eight fake devices make meshes. What the user's own XLA_FLAGS say goes first.
-_FLAGS = (
+import jax
+import numpy as np
+import pytest
+
+from dsv4_jax.checkpoint.load import LoadedModel, load
+
+TESTS = Path(__file__).parent
+
+# The tests run tiny programs once, so compiling them well costs more than it saves; eight fake devices make
+# meshes. What the user's own XLA_FLAGS say goes first.
+_CPU_FLAGS = (
     "--xla_force_host_platform_device_count=8",
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
 )
-_users = os.environ.get("XLA_FLAGS", "")
-_named = {flag.partition("=")[0] for flag in _users.split()}
-os.environ["XLA_FLAGS"] = " ".join(
-    [_users, *(flag for flag in _FLAGS if flag.partition("=")[0] not in _named)]
-)
 
-import dataclasses  # noqa: E402
-import functools  # noqa: E402
-import importlib.util  # noqa: E402
-import json  # noqa: E402
-from collections.abc import Callable  # noqa: E402
-from pathlib import Path  # noqa: E402
-from types import ModuleType  # noqa: E402
 
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
+def _wants_gpu(config: pytest.Config) -> bool:
+    """Whether `-m gpu` was asked for."""
+    return re.search(r"(?<!not )\bgpu\b", config.getoption("markexpr")) is not None
 
-from dsv4_jax.checkpoint.load import LoadedModel, load  # noqa: E402
 
-TESTS = Path(__file__).parent
+def pytest_configure(config: pytest.Config) -> None:
+    """Sets what JAX reads when a test first uses it; without `-m gpu` that is a CPU, on any machine."""
+    if _wants_gpu(config):
+        return
+    users = os.environ.get("XLA_FLAGS", "")
+    named = {flag.partition("=")[0] for flag in users.split()}
+    added = [flag for flag in _CPU_FLAGS if flag.partition("=")[0] not in named]
+    os.environ["XLA_FLAGS"] = " ".join([users, *added])
+    # In the environment too, for the commands that tests start. What the user says goes first.
+    jax.config.update("jax_platforms", os.environ.setdefault("JAX_PLATFORMS", "cpu"))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A GPU's test is skipped on a CPU, unless it was asked for: then it fails."""
+    if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
+        refuse = pytest.fail if _wants_gpu(item.config) else pytest.skip
+        refuse("needs a GPU, and JAX sees none")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -61,7 +61,7 @@ def test_a_batch_file_is_answered_in_order_and_whole(capsys, tmp_path):
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     code, out, _ = run(capsys, "generate", GOLDEN, "-i", prompts, "-o", answers, "--temperature", "0",
-                       "--ignore-eos", "--numerics", "plain")  # fmt: skip
+                       "--ignore-eos", "--numerics", "plain", "--implementation", "reference")  # fmt: skip
 
     written = [json.loads(line) for line in answers.read_text().splitlines()]
     assert code == 0
@@ -102,6 +102,10 @@ def test_the_module_is_the_command():
         (["--tokens", "1", "-o", "x.jsonl"], 2, "-o goes with -i"),
         (["--tokens", "1", "--mesh", "tp=3"], 2, "tp=3"),
         (["--tokens", "1", "--mesh", "pp=2"], 2, "not tp=N, ep=N or dp=N"),
+        (["--tokens", "1", "--implementation", "cutlass"], 2, "no op has an implementation 'cutlass', have "),
+        (["--tokens", "1", "--implementation", "moe=triton"], 2, "no op is called 'moe', have "),
+        (["--tokens", "1", "--implementation", "swiglu=mma"], 2, "swiglu has no implementation 'mma', have "),
+        (["--tokens", "1", "--implementation", "triton"], 2, "triton needs a GPU"),
         (["-i", "no_such.jsonl"], 66, "no_such.jsonl"),
         ([], 2, "required"),
     ],

@@ -23,6 +23,7 @@ from dsv4_jax.model import Params
 from dsv4_jax.sharding import check_mesh, parameter_sharding
 from dsv4_jax.weight_files import TensorInfo, WeightFiles
 from pallas_kernels import QuantArray, current_target, prepare_experts
+from pallas_kernels.fnuz import for_target
 
 READ_THREADS = 8
 _ALIGNMENT = 64  # bytes; a host array that begins at a multiple of it becomes a CPU array without a copy
@@ -91,13 +92,20 @@ def load(
         with progress_bar("loading", nbytes, progress) as advance, ThreadPoolExecutor(READ_THREADS) as pool:
             for parameter in stored:
                 reader = _Reader(files, parameter, config, verify, pool, advance)
-                placed = reader.place(mesh)
-                if parameter.stacked and isinstance(placed, QuantArray) and mesh is None:
-                    placed = prepare_experts(placed, current_target())
-                leaves[parameter.path] = placed
+                leaves[parameter.path] = reader.place(mesh)
+                if mesh is None and parameter.path[-1] == "w3" and parameter.stacked:
+                    prepare_layer(leaves, parameter.path[:-1])
     params = nest(leaves)
     heads = params.pop("mtp", None)
     return LoadedModel(config, params, heads[0] if heads else None, mesh)
+
+
+def prepare_layer(leaves: dict[tuple[str | int, ...], Any], experts: tuple[str | int, ...]) -> None:
+    """Lays the three stacks below `experts` out for this device, in place: the last of them has arrived."""
+    paths = [(*experts, name) for name in ("w1", "w2", "w3")]
+    w1, w2, w3 = (leaves[path] for path in paths)
+    prepared = prepare_experts(w1, w2, w3, current_target())
+    leaves.update(zip(paths, prepared, strict=True))
 
 
 def check_draft(config: Config, files: WeightFiles, *, mtp: bool) -> None:
@@ -252,7 +260,9 @@ class _Reader:
         if isinstance(value, QuantArray):
             values = self._array([f"{stem}.weight" for stem in stems], value.values, shardings.values)
             scale = self._array([f"{stem}.scale" for stem in stems], value.scale, shardings.scale)
-            return dataclasses.replace(value, values=values, scale=scale)
+            placed = dataclasses.replace(value, values=values, scale=scale)
+            # Experts are laid out by `prepare_experts`, which starts from the checkpoint's form.
+            return placed if self.parameter.stacked else for_target(placed, current_target())
         suffix = ".weight" if self.parameter.entry.stored == "quantized" else ""
         return self._array([stem + suffix for stem in stems], value, shardings)
 

@@ -12,20 +12,27 @@ _BLOCKS = 16  # of 128 columns, in one program
 
 
 @triton.jit
+def quantized(numbers, FLOOR: tl.constexpr, MOST: tl.constexpr):
+    """Rows of a block of 128 columns: E4M3 values, and the E8M0 exponent of each row as int32."""
+    numbers = numbers.to(tl.float32)
+    largest = tl.maximum(tl.max(tl.abs(numbers), 1), FLOOR)
+    # The smallest power of two that is at least the correctly rounded quotient, from its bits.
+    bits = tl.div_rn(largest, tl.full(largest.shape, MOST, tl.float32)).to(tl.int32, bitcast=True)
+    exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0).to(tl.int32)
+    inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    scaled = tl.minimum(tl.maximum(numbers * inverse[:, None], -MOST), MOST)
+    return scaled.to(tl.float8e4nv), exponent
+
+
+@triton.jit
 def _activation_quant(
     x, values, scale, BLOCKS: tl.constexpr, TOTAL: tl.constexpr, FLOOR: tl.constexpr, MOST: tl.constexpr
 ):
     block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
     at = block[:, None].to(tl.int64) * 128 + tl.arange(0, 128)[None, :]
     real = block < TOTAL
-    numbers = tl.load(x + at, mask=real[:, None], other=0.0).to(tl.float32)
-    largest = tl.maximum(tl.max(tl.abs(numbers), 1), FLOOR)
-    # The smallest power of two that is at least the correctly rounded quotient, from its bits.
-    bits = tl.div_rn(largest, tl.full((BLOCKS,), MOST, tl.float32)).to(tl.int32, bitcast=True)
-    exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0).to(tl.int32)
-    inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
-    scaled = tl.minimum(tl.maximum(numbers * inverse[:, None], -MOST), MOST)
-    tl.store(values + at, scaled.to(tl.float8e4nv), mask=real[:, None])
+    block_values, exponent = quantized(tl.load(x + at, mask=real[:, None], other=0.0), FLOOR, MOST)
+    tl.store(values + at, block_values, mask=real[:, None])
     tl.store(scale + block, exponent.to(tl.uint8), mask=real)
 
 

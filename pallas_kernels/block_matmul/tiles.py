@@ -1,9 +1,11 @@
 """How a product is cut into programs: by table where it was measured, by rule elsewhere."""
 
+import functools
+import json
 import math
+from collections.abc import Mapping
+from importlib import resources
 from typing import Literal, NamedTuple
-
-from pallas_kernels.block_matmul.tuned import TUNED
 
 BLOCK = 128  # columns that share a scale
 PROGRAMS = 128  # how many fill a chip
@@ -15,10 +17,10 @@ class Tile(NamedTuple):
     """What one program multiplies, and how.
 
     Attributes:
-      tokens: rows of x in an accumulator.
-      rows: rows of the weight, a divisor of 128.
-      stack: accumulators, 1 or 2, one below the other. Two halve the registers that the sums of a block
-        need, for a tile that is as wide and high.
+      tokens: rows of x in an accumulator; with 1, a program multiplies all of K without the tensor core.
+      rows: rows of the weight in an accumulator, a divisor of 128.
+      stack, beside: accumulators below each other and side by side: 1 or 2, not 2 of both. Two halve the
+        registers that the sums of a block need, for a tile that is as wide and high.
       span: blocks of 128 columns multiplied side by side, each by warps of its own, and added at the end.
       splits: parts of K that go to programs of their own, added by another kernel.
       num_warps, num_stages: as Triton means them.
@@ -27,6 +29,7 @@ class Tile(NamedTuple):
     tokens: int
     rows: int
     stack: int = 1
+    beside: int = 1
     span: int = 1
     splits: int = 1
     num_warps: int = 4
@@ -35,14 +38,35 @@ class Tile(NamedTuple):
     def divides(self, columns: int, group_rows: int, groups: int) -> bool:
         """Whether K falls into equal parts, and no tile has rows of two groups."""
         whole_steps = columns % (BLOCK * self.span * self.splits) == 0
-        return whole_steps and (groups == 1 or group_rows % self.rows == 0)
+        return whole_steps and (groups == 1 or group_rows % (self.rows * self.beside) == 0)
+
+
+@functools.cache
+def tuned() -> Mapping[str, Mapping[str, Mapping[str, Mapping[int, Tile]]]]:
+    """The fastest tiles measured (`tuned.json`, which `scripts/bench/block_matmul.py --tune` writes).
+
+    By arch, by what x holds, by "rows x columns" of the weight, by the most tokens a tile is for.
+    """
+    text = resources.files(__package__).joinpath("tuned.json").read_text()
+    return {
+        arch: {
+            operand: {
+                shape: {int(tokens): Tile(**fields) for tokens, fields in tiles.items()}
+                for shape, tiles in shapes.items()
+            }
+            for operand, shapes in operands.items()
+        }
+        for arch, operands in json.loads(text).items()
+    }
 
 
 def tile_for(arch: str, operand: Operand, tokens: int, rows: int, columns: int, groups: int = 1) -> Tile:
     """The tile for a weight of `rows` x `columns`, all groups together."""
-    table = TUNED.get(arch, {}).get(operand, {}).get((rows, columns))
+    table = tuned().get(arch, {}).get(operand, {}).get(f"{rows}x{columns}")
     if table:
-        return Tile(*table[min((most for most in table if most >= tokens), default=max(table))])
+        tile = table[min((most for most in table if most >= tokens), default=max(table))]
+        if tile.divides(columns, rows // groups, groups):
+            return tile
     return _by_rule(arch, operand, tokens, rows, columns, groups)
 
 
@@ -56,6 +80,8 @@ def _by_rule(arch: str, operand: Operand, tokens: int, rows: int, columns: int, 
         if tokens <= 16 and span > 1:
             return Tile(16, min(busy, 32), span=span, num_warps=span, num_stages=2)
         return Tile(32 if tokens <= 32 else 64, min(64, most), num_stages=2)
+    if tokens == 1:
+        return _streamed(rows, columns, most)
     if tokens <= 16:
         few = 8 if tokens <= 8 else 16
         span = math.gcd(blocks, 8 if busy == 16 else 4)
@@ -71,3 +97,12 @@ def _by_rule(arch: str, operand: Operand, tokens: int, rows: int, columns: int, 
         return Tile(128, most, num_warps=8, num_stages=3)
     wide = min(128 if tokens * rows >= PROGRAMS * 128**2 else 64, most)
     return Tile(64, wide, stack=2, num_stages=3)
+
+
+def _streamed(rows: int, columns: int, most: int) -> Tile:
+    """For one token: as many rows as make 32 KiB, 128 bytes a thread, while two programs an SM remain."""
+    size = 1 << (columns - 1).bit_length()
+    few = max(1, min(most, 32768 // size))
+    while few > 1 and rows // few < 2 * PROGRAMS:
+        few //= 2
+    return Tile(1, few, num_warps=max(4, min(8, few * size // 4096)), num_stages=1)

@@ -1,20 +1,27 @@
-"""Products with FP8 weights on the tensor cores, scales included.
+"""Products with FP8 weights, scales included.
 
 A sum runs over 128 columns, the width of a block of scales, and is multiplied by the scales of both sides
-before it is added in float32: the released arithmetic. Two kernels share it. `_tiled` walks along K with one
-tile of each operand. `_spanned` is for few tokens, where reading the weights is all there is: its warps walk
-along K side by side, so that a few rows of the weight make enough loads to keep a multiprocessor busy.
+before it is added in float32: the released arithmetic. Four kernels share it, by how many tokens there are:
+
+- `_streamed`: one token. Weights go through registers only, past the ordinary units: reading is all there is.
+- `_spanned`: few tokens. Warps walk along K side by side, so that a few rows of the weight make enough loads
+  to keep a multiprocessor busy.
+- `_tiled`: one tile of each operand walks along K. Below 64 tokens the weights are the rows of the tensor
+  core's product, which are at least 64, and the tokens its columns, which may be as few as 8.
+- `_dequantized`: bfloat16 activations. Weights take their scales in registers, exactly, on the way to the
+  tensor core, which then sums over all of K.
 """
 
 import functools
 import operator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from pallas_kernels.block_matmul.tiles import BLOCK, Tile, tile_for
+from pallas_kernels.block_matmul.tiles import BLOCK, Operand, Tile, tile_for
 from pallas_kernels.formats import QuantArray
 from pallas_kernels.target import current_target
 from pallas_kernels.triton_call import Engine, triton_call
@@ -42,84 +49,67 @@ def _bfloat16(values):
 
 
 @triton.jit
+def _float32(values):
+    """FP8 values, their bits, or bfloat16, as float32."""
+    return _bfloat16(values).to(tl.float32) if values.dtype == tl.uint8 else values.to(tl.float32)
+
+
+@triton.jit
 def _product(x, w):
     """x @ w.T of the last two axes, summed in float32."""
     CONVERT: tl.constexpr = x.dtype != w.dtype or x.dtype == tl.uint8
+    # Tokens that fill fewer than 64 rows are columns instead: see the module.
     if CONVERT:
         # Hopper's tensor cores take their first operand from registers, where weights are converted.
         product = tl.trans(tl.dot(_bfloat16(w), tl.trans(_bfloat16(x))))
-    elif x.shape[-2] < 16:
-        product = tl.trans(tl.dot(w, tl.trans(x)))  # the second operand's side may be as short as 8
+    elif x.shape[-2] < 16 or (x.shape[-2] < 64 and w.shape[-2] >= 64):
+        product = tl.trans(tl.dot(w, tl.trans(x)))
     else:
         product = tl.dot(x, tl.trans(w))
     return product
 
 
 @triton.jit
-def _scaled_product(x_at, x_scale_at, real, weights, scale):
-    """[tokens, rows] sums over one block of columns."""
-    product = _product(tl.load(x_at, mask=real[:, None], other=0.0), weights)
-    if x_at.dtype.element_ty == tl.bfloat16:
-        product *= scale
-    else:
-        product *= (_number(tl.load(x_scale_at, mask=real, other=0)) * scale)[:, None]
-    return product
+def _known(rows, N: tl.constexpr, ROWS: tl.constexpr):
+    """Rows that can be read: the last one in place of any behind it, if tiles of ROWS do not end with it."""
+    return rows if N % ROWS == 0 else tl.minimum(rows, N - 1)
 
 
 @triton.jit
-def _tiled(
-    x,  # [M, GROUPS, K] FP8 or its bits, or bfloat16 without scales
-    x_scale,  # [M, GROUPS, K / 128]
-    w,  # [N, K] FP8 or its bits
-    w_scale,  # [N / 128, K / 128]
-    out,  # [SPLITS, M, N]
+def _streamed(
+    x,  # as those of _tiled
+    x_scale,
+    w,
+    w_scale,
+    out,  # [M, N]
     M: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
     GROUPS: tl.constexpr,
-    TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
-    STACK: tl.constexpr,
-    SPLITS: tl.constexpr,
+    WIDTH: tl.constexpr,  # the power of two that holds K
 ):
     BLOCKS: tl.constexpr = K // 128
-    STEPS: tl.constexpr = BLOCKS // SPLITS
-    HEIGHT: tl.constexpr = TOKENS * STACK
-    HIGH: tl.constexpr = (M + HEIGHT - 1) // HEIGHT
-    WIDE: tl.constexpr = (N + ROWS - 1) // ROWS
-    # Tiles of eight times HEIGHT tokens go before the next ones, so that the L2 cache holds what they share.
-    band = tl.program_id(0) // (8 * WIDE) * 8
-    place = tl.program_id(0) % (8 * WIDE)
-    high = tl.minimum(HIGH - band, 8)
-    first_token = (band + place % high) * HEIGHT
-    first_row = place // high * ROWS
-    group = first_row // (N // GROUPS)
-    split = tl.program_id(1)
+    first_row = tl.program_id(0) * ROWS
+    token = tl.program_id(1)
+    place = token * GROUPS + first_row // (N // GROUPS)
+    rows, columns = first_row + tl.arange(0, ROWS), tl.arange(0, WIDTH)
+    known = _known(rows, N, ROWS)
 
-    # Offsets of 32 bits from the arrays' starts: with wider ones the accumulators would spill.
-    tokens, columns = first_token + tl.arange(0, TOKENS), tl.arange(0, 128)
-    rows = first_row + tl.arange(0, ROWS)
-    known = rows if N % ROWS == 0 else tl.minimum(rows, N - 1)
-    x_at = x + (tokens[:, None] * (GROUPS * K) + group * K + split * STEPS * 128 + columns[None, :])
-    x_scale_at = x_scale + (tokens * (GROUPS * BLOCKS) + group * BLOCKS + split * STEPS)
-    w_at = w + (known[:, None] * K + split * STEPS * 128 + columns[None, :])
-    w_scale_at = w_scale + (first_row // 128 * BLOCKS + split * STEPS)
+    # All of the weights are asked for at once, and first: activations come out of the cache meanwhile.
+    w_at = w + (known[:, None] * K + columns[None, :])
+    weights = tl.load(w_at) if WIDTH == K else tl.load(w_at, mask=(columns < K)[None, :], other=0.0)
 
-    upper = tl.zeros((TOKENS, ROWS), tl.float32)
-    lower = tl.zeros((TOKENS, ROWS), tl.float32)
-    for k in range(STEPS):
-        weights, scale = tl.load(w_at + k * 128), _number(tl.load(w_scale_at + k))
-        upper += _scaled_product(x_at + k * 128, x_scale_at + k, tokens < M, weights, scale)
-        if STACK == 2:
-            below, scale_below = x_at + TOKENS * GROUPS * K, x_scale_at + TOKENS * GROUPS * BLOCKS
-            lower += _scaled_product(below + k * 128, scale_below + k, tokens < M - TOKENS, weights, scale)
+    block, column = tl.arange(0, WIDTH // 128), tl.arange(0, 128)
+    inside = block < BLOCKS
+    scale = _number(tl.load(w_scale + (first_row // 128 * BLOCKS + block), mask=inside, other=0))
+    if x.dtype.element_ty != tl.bfloat16:
+        scale *= _number(tl.load(x_scale + (place * BLOCKS + block), mask=inside, other=0))
+    x_at = x + (place * K + block[:, None] * 128 + column[None, :])
+    values = _float32(tl.load(x_at, mask=inside[:, None], other=0.0)) * scale[:, None]
 
-    out_at = out + (split * M + tokens.to(tl.int64))[:, None] * N + rows[None, :]
-    inside = (rows < N)[None, :]
-    tl.store(out_at, upper.to(out.dtype.element_ty), mask=(tokens < M)[:, None] & inside)
-    if STACK == 2:
-        out_at += TOKENS * N
-        tl.store(out_at, lower.to(out.dtype.element_ty), mask=(tokens < M - TOKENS)[:, None] & inside)
+    sums = tl.sum(_float32(weights) * tl.reshape(values, (WIDTH,))[None, :], 1)
+    tl.store(out + (token.to(tl.int64) * N + rows), sums.to(out.dtype.element_ty), mask=rows < N)
 
 
 @triton.jit
@@ -138,11 +128,12 @@ def _spanned(
     SPAN: tl.constexpr,
 ):
     BLOCKS: tl.constexpr = K // 128
+    HAS_SCALES: tl.constexpr = x.dtype.element_ty != tl.bfloat16
     first_row = tl.program_id(0) * ROWS
     group = first_row // (N // GROUPS)
     tokens = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     rows = first_row + tl.arange(0, ROWS)
-    known = rows if N % ROWS == 0 else tl.minimum(rows, N - 1)
+    known = _known(rows, N, ROWS)
     real = (tokens < M)[None, :]
 
     # [SPAN, TOKENS or ROWS, 128]: one block of columns for each warp.
@@ -153,17 +144,171 @@ def _spanned(
     w_at = w + (known[None, :, None] * K + column)
     w_scale_at = w_scale + (first_row // 128 * BLOCKS + block)
 
+    # Scales are loaded one step ahead, so that no step waits for its own.
+    w_scales = tl.load(w_scale_at)
+    x_scales = tl.load(x_scale_at, mask=real, other=0) if HAS_SCALES else w_scales
     total = tl.zeros((SPAN, TOKENS, ROWS), tl.float32)
     for k in range(0, BLOCKS, SPAN):
-        weights, scale = tl.load(w_at + k * 128), _number(tl.load(w_scale_at + k))
-        if x.dtype.element_ty != tl.bfloat16:
-            scale = _number(tl.load(x_scale_at + k, mask=real, other=0)) * scale
+        scale = _number(w_scales)
+        if HAS_SCALES:
+            scale *= _number(x_scales)
+        ahead = tl.minimum(k + SPAN, BLOCKS - SPAN)
+        w_scales = tl.load(w_scale_at + ahead)
+        x_scales = tl.load(x_scale_at + ahead, mask=real, other=0) if HAS_SCALES else w_scales
+        weights = tl.load(w_at + k * 128)
         product = _product(tl.load(x_at + k * 128, mask=real[:, :, None], other=0.0), weights)
         total += product * scale[:, :, None]
 
     out_at = out + tokens.to(tl.int64)[:, None] * N + rows[None, :]
     inside = (tokens < M)[:, None] & (rows < N)[None, :]
     tl.store(out_at, tl.sum(total, 0).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _scales(x_scale_at, w_scale_at, real, x):
+    """Scales of a block of columns as stored: those of the tokens, if they have any, and the weight's."""
+    w_scales = tl.load(w_scale_at)
+    x_scales = w_scales
+    if x.dtype.element_ty != tl.bfloat16:
+        x_scales = tl.load(x_scale_at, mask=real, other=0)
+    return x_scales, w_scales
+
+
+@triton.jit
+def _scale(scales, x):
+    """What the sums over a block of columns are multiplied by."""
+    scale = _number(scales[1])
+    if x.dtype.element_ty != tl.bfloat16:
+        scale = (_number(scales[0]) * scale)[:, None]
+    return scale
+
+
+@triton.jit
+def _place(M: tl.constexpr, N: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """First token and first row of this program's tile.
+
+    Tiles of eight times HEIGHT tokens go before the next ones, so that the L2 cache holds what they share.
+    """
+    HIGH: tl.constexpr = (M + HEIGHT - 1) // HEIGHT
+    WIDE: tl.constexpr = (N + WIDTH - 1) // WIDTH
+    band = tl.program_id(0) // (8 * WIDE) * 8
+    place = tl.program_id(0) % (8 * WIDE)
+    high = tl.minimum(HIGH - band, 8)
+    return (band + place % high) * HEIGHT, place // high * WIDTH
+
+
+@triton.jit
+def _store(out, sums, tokens, rows, M: tl.constexpr, N: tl.constexpr):
+    """Writes [tokens, rows] of one split's [M, N]."""
+    out_at = out + (tl.program_id(1) * M + tokens.to(tl.int64))[:, None] * N + rows[None, :]
+    tl.store(out_at, sums.to(out.dtype.element_ty), mask=(tokens < M)[:, None] & (rows < N)[None, :])
+
+
+@triton.jit
+def _tiled(
+    x,  # [M, GROUPS, K] FP8 or its bits, or bfloat16 without scales
+    x_scale,  # [M, GROUPS, K / 128]
+    w,  # [N, K] FP8 or its bits
+    w_scale,  # [N / 128, K / 128]
+    out,  # [SPLITS, M, N]
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    STACK: tl.constexpr,
+    BESIDE: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    BLOCKS: tl.constexpr = K // 128
+    STEPS: tl.constexpr = BLOCKS // SPLITS
+    TWO: tl.constexpr = STACK * BESIDE == 2
+    first_token, first_row = _place(M, N, TOKENS * STACK, ROWS * BESIDE)
+    group = first_row // (N // GROUPS)
+    start = tl.program_id(1) * STEPS
+
+    # Offsets of 32 bits from the arrays' starts: with wider ones the accumulators would spill.
+    tokens, columns = first_token + tl.arange(0, TOKENS), tl.arange(0, 128)
+    rows = first_row + tl.arange(0, ROWS)
+    known = _known(rows, N, ROWS * BESIDE)
+    x_at = x + (tokens[:, None] * (GROUPS * K) + (group * K + start * 128) + columns[None, :])
+    x_scale_at = x_scale + (tokens * (GROUPS * BLOCKS) + group * BLOCKS + start)
+    w_at = w + (known[:, None] * K + start * 128 + columns[None, :])
+    w_scale_at = w_scale + (first_row // 128 * BLOCKS + start)
+    real = tokens < M
+
+    # The tile of the second accumulator, if there is one: other tokens, or other rows.
+    tokens_2, rows_2 = tokens + (STACK - 1) * TOKENS, rows + (BESIDE - 1) * ROWS
+    x_2_at = x_at + (STACK - 1) * TOKENS * GROUPS * K
+    x_scale_2_at = x_scale_at + (STACK - 1) * TOKENS * GROUPS * BLOCKS
+    w_2_at = w + (_known(rows_2, N, ROWS * BESIDE)[:, None] * K + start * 128 + columns[None, :])
+    first_row_2 = _known(first_row + (BESIDE - 1) * ROWS, N, ROWS * BESIDE)
+    w_scale_2_at = w_scale + (first_row_2 // 128 * BLOCKS + start)
+    real_2 = tokens_2 < M
+
+    # Scales are loaded one step ahead, so that no step waits for its own.
+    scales = _scales(x_scale_at, w_scale_at, real, x)
+    scales_2 = _scales(x_scale_2_at, w_scale_2_at, real_2, x) if TWO else scales
+    total = tl.zeros((TOKENS, ROWS), tl.float32)
+    total_2 = tl.zeros((TOKENS, ROWS), tl.float32)
+    for k in range(STEPS):
+        scale, scale_2 = _scale(scales, x), _scale(scales_2, x)
+        ahead = tl.minimum(k + 1, STEPS - 1)
+        scales = _scales(x_scale_at + ahead, w_scale_at + ahead, real, x)
+        scales_2 = _scales(x_scale_2_at + ahead, w_scale_2_at + ahead, real_2, x) if TWO else scales
+
+        weights = tl.load(w_at + k * 128)
+        values = tl.load(x_at + k * 128, mask=real[:, None], other=0.0)
+        total += _product(values, weights) * scale
+        if STACK == 2:
+            values = tl.load(x_2_at + k * 128, mask=real_2[:, None], other=0.0)
+        if BESIDE == 2:
+            weights = tl.load(w_2_at + k * 128)
+        if TWO:
+            total_2 += _product(values, weights) * scale_2
+
+    _store(out, total, tokens, rows, M, N)
+    if TWO:
+        _store(out, total_2, tokens_2, rows_2, M, N)
+
+
+@triton.jit
+def _dequantized(
+    x,  # [M, GROUPS, K] bfloat16
+    x_scale,  # not used: all kernels take the same arrays
+    w,  # [N, K] FP8 or its bits
+    w_scale,  # [N / 128, K / 128] E8M0
+    out,  # [SPLITS, M, N]
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    BLOCKS: tl.constexpr = K // 128
+    STEPS: tl.constexpr = BLOCKS // SPLITS
+    first_token, first_row = _place(M, N, TOKENS, ROWS)
+    group = first_row // (N // GROUPS)
+    start = tl.program_id(1) * STEPS
+
+    tokens, columns = first_token + tl.arange(0, TOKENS), tl.arange(0, 128)
+    rows = first_row + tl.arange(0, ROWS)
+    known = _known(rows, N, ROWS)
+    x_at = x + (tokens[:, None] * (GROUPS * K) + (group * K + start * 128) + columns[None, :])
+    w_at = w + (known[:, None] * K + start * 128 + columns[None, :])
+    w_scale_at = w_scale + (known // 128 * BLOCKS + start)[:, None]
+
+    total = tl.zeros((ROWS, TOKENS), tl.float32)
+    for k in range(STEPS):
+        # The bits of a power of two in bfloat16: four significant bits of a weight stay what they are.
+        scale = (tl.load(w_scale_at + k).to(tl.uint16) << 7).to(tl.bfloat16, bitcast=True)
+        weights = _bfloat16(tl.load(w_at + k * 128)) * scale
+        values = tl.load(x_at + k * 128, mask=(tokens < M)[:, None], other=0.0)
+        total = tl.dot(weights, tl.trans(values), total)
+    _store(out, tl.trans(total), tokens, rows, M, N)
 
 
 def block_matmul(
@@ -208,12 +353,8 @@ def _launch(
     if not tile.divides(columns, rows // groups, groups):
         raise ValueError(f"{tile} does not divide {groups} groups of {rows // groups} x {columns}")
 
-    across, down = -(-rows // tile.rows), -(-tokens // (tile.tokens * tile.stack))
-    if tile.span > 1:
-        kernel, grid, constants = _spanned, (across, down), {"SPAN": tile.span}
-    else:
-        kernel, grid = _tiled, (across * down, tile.splits)
-        constants = {"STACK": tile.stack, "SPLITS": tile.splits}
+    across = -(-rows // (tile.rows * tile.beside))
+    kernel, grid, constants = _kernel(tile, across, tokens, columns, holds, weight.scale.dtype)
     dtype = out_dtype if tile.splits == 1 else jnp.float32
     parts = triton_call(
         kernel,
@@ -223,11 +364,25 @@ def _launch(
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         engine=engine,
-        **{"M": tokens, "N": rows, "K": columns, "GROUPS": groups, "TOKENS": tile.tokens, "ROWS": tile.rows},
-        **constants,
+        **{"M": tokens, "N": rows, "K": columns, "GROUPS": groups, "ROWS": tile.rows, **constants},
     )
     # XLA adds the parts, always in this order, and whatever comes next may join its kernel.
     return functools.reduce(operator.add, list(parts)).astype(out_dtype)
+
+
+def _kernel(
+    tile: Tile, across: int, tokens: int, columns: int, holds: Operand, scale_dtype
+) -> tuple[Any, tuple[int, int], dict[str, int]]:
+    """The kernel a tile is for, its grid, and the constants that only it has."""
+    if tile.tokens == 1:
+        return _streamed, (across, tokens), {"WIDTH": 1 << (columns - 1).bit_length()}
+    down, constants = -(-tokens // (tile.tokens * tile.stack)), {"TOKENS": tile.tokens}
+    if tile.span > 1:
+        return _spanned, (across, down), constants | {"SPAN": tile.span}
+    grid, constants = (across * down, tile.splits), constants | {"SPLITS": tile.splits}
+    if holds == "bf16" and scale_dtype == jnp.uint8 and tile.stack * tile.beside == 1:
+        return _dequantized, grid, constants
+    return _tiled, grid, constants | {"STACK": tile.stack, "BESIDE": tile.beside}
 
 
 def as_fnuz(values: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:

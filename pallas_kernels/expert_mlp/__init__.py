@@ -5,9 +5,13 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.dispatch import Implementation, select
 from pallas_kernels.expert_mlp import reference
-from pallas_kernels.expert_mlp.tiles import TILE, ExpertTiles, tileable, to_tiles
+from pallas_kernels.expert_mlp.interleave import interleave
+from pallas_kernels.expert_mlp.rows import ExpertRows, to_rows
+from pallas_kernels.expert_mlp.tiles import ExpertTiles, tileable, to_tiles
 from pallas_kernels.formats import QuantArray
 from pallas_kernels.target import Target
+
+Experts = Float[Array, "E F M"] | QuantArray | ExpertTiles | ExpertRows
 
 
 def _run_triton(*args, **kwargs):
@@ -17,9 +21,8 @@ def _run_triton(*args, **kwargs):
 
 
 def _triton_fits(target: Target, x, experts, weights, w1, w2, w3, limit, activation) -> bool:
-    tiled = all(isinstance(weight, ExpertTiles) for weight in (w1, w2, w3))
-    operands = x.dtype == jnp.bfloat16 and (activation is None or target.has_e4m3)
-    return target.vendor != "cpu" and tiled and operands
+    prepared = w3 is None and all(isinstance(w, ExpertTiles | ExpertRows) for w in (w1, w2))
+    return target.vendor != "cpu" and prepared and x.dtype == jnp.bfloat16 and x.size > 0
 
 
 IMPLEMENTATIONS = (
@@ -32,9 +35,9 @@ def expert_mlp(
     x: Float[Array, "N M"],
     experts: Int32[Array, "N A"],
     weights: Float32[Array, "N A"],
-    w1: Float[Array, "E F M"] | QuantArray | ExpertTiles,
-    w2: Float[Array, "E M F"] | QuantArray | ExpertTiles,
-    w3: Float[Array, "E F M"] | QuantArray | ExpertTiles,
+    w1: Experts,
+    w2: Experts,
+    w3: Experts | None,
     *,
     limit: float,
     activation: str | None = None,
@@ -43,34 +46,47 @@ def expert_mlp(
     """sum_a w2[e_a] @ (weights_a * silu(min(w1[e_a] @ x, limit)) * clip(w3[e_a] @ x, -limit, limit)).
 
     Products accumulate in float32 and are rounded to the dtype of `x`, the sum over a token's experts is
-    float32. Source: `Expert.forward` and `MoE.forward` of the released inference/model.py.
+    float32 and always runs in the order of its choices. Source: `Expert.forward` and `MoE.forward` of the
+    released inference/model.py.
 
     Args:
       experts: the experts of each token.
       weights: their routing weights, which multiply before the down projection.
-      w1, w2, w3: gate, down and up of all experts, as stored or as `prepare_experts` lays them out.
+      w1, w2, w3: gate [E, F, M], down [E, M, F] and up [E, F, M] of all experts as stored, or what
+        `prepare_experts` made of them.
       limit: `swiglu_limit`.
       activation: "fp8_token128" quantises the input of quantised products.
 
     Raises:
       ValueError: shapes do not belong together.
     """
-    if (
-        w1.shape != w3.shape
-        or w2.shape != (w1.shape[0], w1.shape[2], w1.shape[1])
-        or x.shape[1] != w1.shape[2]
-    ):
-        raise ValueError(f"x {x.shape}, w1 {w1.shape}, w2 {w2.shape}, w3 {w3.shape} do not match")
+    experts_count, inner, hidden = w1.shape
+    if w3 is None:
+        inner //= 2
+    together = w2.shape == (experts_count, hidden, inner) and x.shape[1] == hidden
+    if not together or (w3 is not None and w3.shape != w1.shape):
+        w3_shape = None if w3 is None else w3.shape
+        raise ValueError(f"x {x.shape}, w1 {w1.shape}, w2 {w2.shape}, w3 {w3_shape} do not match")
     return select(IMPLEMENTATIONS, implementation, x, experts, weights, w1, w2, w3, limit, activation)
 
 
-def prepare_experts(weight: QuantArray, target: Target) -> QuantArray | ExpertTiles:
-    """The layout in which this device reads a stack of expert weights fastest; to be called once, at load.
+def prepare_experts(
+    w1: Experts, w2: Experts, w3: Experts, target: Target
+) -> tuple[Experts, Experts, Experts | None]:
+    """The layout in which this device reads a layer's experts fastest; to be called once, at load.
 
-    Always the same numbers: a weight that has no exact form in tiles keeps the checkpoint's layout.
+    Always the same numbers: weights that have no exact form in it keep the checkpoint's layout.
+
+    Returns:
+      w1, w2, w3 for `expert_mlp`. Laid out anew, w1 holds the rows of gate and up and w3 is None.
     """
-    right_format = weight.format == "fp4_group32" and weight.scale.dtype == jnp.uint8
-    right_shape = weight.shape[-2] % TILE == 0 and weight.shape[-1] % TILE == 0
-    if target.vendor == "cpu" or not right_format or not right_shape or not tileable(weight):
-        return weight
-    return to_tiles(weight)
+    stacks = (w1, w2, w3)
+    whole = all(isinstance(w, QuantArray) and w.shape[-2] % 128 == w.shape[-1] % 128 == 0 for w in stacks)
+    if target.vendor == "cpu" or not whole:
+        return stacks
+    if all(w.format == "fp8_block128" for w in stacks):
+        return interleave(to_rows(w1), to_rows(w3)), to_rows(w2), None
+    fp4 = all(w.format == "fp4_group32" and w.scale.dtype == jnp.uint8 for w in stacks)
+    if fp4 and all(tileable(w) for w in stacks):
+        return to_tiles(interleave(w1, w3)), to_tiles(w2), None
+    return stacks

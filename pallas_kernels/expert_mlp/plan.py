@@ -5,48 +5,75 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.routing import sort_by_expert
-
-_FEW = 2048  # rows up to which comparing all with all is quicker than sorting
+from pallas_kernels.dispatch import Implementation, select
+from pallas_kernels.routing import reference as routing
+from pallas_kernels.target import Target
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Who works on what, for one routing: rows are (token, choice) pairs sorted by expert.
+    """Who works on what, for one routing: rows are (token, choice) pairs sorted by expert, stably.
 
     Attributes:
       order: [R] the pair of each row.
+      row: [R] the row of each pair.
       expert, start, end: [tiles] of each tile of rows: its expert, first row, and row after the last of its
-        expert. Tiles that are left over have expert -1; there are as many as the worst routing needs, so no
-        row is ever dropped.
+        expert. Tiles that are left over come last and have expert -1, start and end R; there are as many as
+        the worst routing needs, so no row is ever dropped.
     """
 
     order: jax.Array
+    row: jax.Array
     expert: jax.Array
     start: jax.Array
     end: jax.Array
 
 
-def plan(experts: jax.Array, n_routed_experts: int, tile_rows: int) -> Plan:
-    """The plan of a routing [T, A] for tiles of `tile_rows` rows."""
-    pairs, rows = experts.reshape(-1), experts.size
-    order, group_sizes = (
-        _few_by_expert(pairs, n_routed_experts) if rows <= _FEW else sort_by_expert(experts, n_routed_experts)
-    )
-    tile = jnp.arange(rows // tile_rows + min(n_routed_experts, rows), dtype=jnp.int32)
+def plan(
+    experts: jax.Array, n_routed_experts: int, tile_rows: int, *, implementation: str | None = None
+) -> Plan:
+    """The plan of a routing [T, A] int32, of experts 0 to `n_routed_experts` - 1, for such tiles."""
+    return select(IMPLEMENTATIONS, implementation, experts, n_routed_experts, tile_rows)
+
+
+def tile_count(rows: int, n_routed_experts: int, tile_rows: int) -> int:
+    """Tiles that the worst routing needs: each expert that has rows may fill its last tile in part."""
+    return rows // tile_rows + min(n_routed_experts, rows)
+
+
+def _plan(experts: jax.Array, n_routed_experts: int, tile_rows: int) -> Plan:
+    """The definition."""
+    rows = experts.size
+    order, group_sizes = routing.sort_by_expert(experts, n_routed_experts)
+    row = jnp.zeros_like(order).at[order].set(jnp.arange(rows, dtype=order.dtype), unique_indices=True)
+    tile = jnp.arange(tile_count(rows, n_routed_experts, tile_rows), dtype=jnp.int32)
     per_expert = (group_sizes + tile_rows - 1) // tile_rows
     last, ends = jnp.cumsum(per_expert), jnp.cumsum(group_sizes)
     expert = (last <= tile[:, None]).sum(1, dtype=jnp.int32)
-    known = jnp.minimum(expert, n_routed_experts - 1)
+    real, known = expert < n_routed_experts, jnp.minimum(expert, n_routed_experts - 1)
     start = (ends - group_sizes)[known] + (tile - (last - per_expert)[known]) * tile_rows
-    return Plan(order, jnp.where(expert < n_routed_experts, expert, -1), start, ends[known])
+    return Plan(
+        order,
+        row,
+        jnp.where(real, expert, -1),
+        jnp.where(real, start, rows),
+        jnp.where(real, ends[known], rows),
+    )
 
 
-def _few_by_expert(pairs: jax.Array, n_routed_experts: int) -> tuple[jax.Array, jax.Array]:
-    """`sort_by_expert` by comparing all with all: a few fused passes, where a sort takes many."""
-    place = jnp.arange(pairs.size, dtype=jnp.int32)
-    before = (pairs < pairs[:, None]) | ((pairs == pairs[:, None]) & (place < place[:, None]))
-    order = jnp.zeros_like(place).at[before.sum(1)].set(place, unique_indices=True)
-    group_sizes = (pairs == jnp.arange(n_routed_experts)[:, None]).sum(1, dtype=jnp.int32)
-    return order, group_sizes
+def _run_triton(experts, n_routed_experts, tile_rows) -> Plan:
+    from pallas_kernels.expert_mlp import plan_triton  # Triton is an extra that a CPU does without
+
+    return plan_triton.plan(experts, n_routed_experts, tile_rows)
+
+
+def _triton_fits(target: Target, experts, n_routed_experts, tile_rows) -> bool:
+    integers = experts.dtype == jnp.int32 and experts.size > 0
+    return target.vendor != "cpu" and integers and n_routed_experts <= 1024
+
+
+IMPLEMENTATIONS = (
+    Implementation("triton", _run_triton, fits=_triton_fits),
+    Implementation("reference", _plan),
+)

@@ -4,13 +4,28 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.activation_quant import reference as activation_quant
+from pallas_kernels.expert_mlp.interleave import separate
+from pallas_kernels.expert_mlp.rows import ExpertRows, from_rows
 from pallas_kernels.expert_mlp.tiles import ExpertTiles, from_tiles
 from pallas_kernels.formats import QuantArray
 from pallas_kernels.grouped_matmul import reference as grouped_matmul
 from pallas_kernels.routing import reference as routing
 from pallas_kernels.swiglu import reference as swiglu
 
-Weight = jax.Array | QuantArray | ExpertTiles
+Weight = jax.Array | QuantArray | ExpertTiles | ExpertRows
+
+
+def _as_stored(w1: Weight, w2: Weight, w3: Weight | None) -> tuple[Weight, Weight, Weight]:
+    """The three weights as in a checkpoint, of what `prepare_experts` made of them."""
+    if w3 is not None:
+        return w1, w2, w3
+    if isinstance(w1, ExpertTiles) and isinstance(w2, ExpertTiles):
+        gate, up = separate(from_tiles(w1))
+        return gate, from_tiles(w2), up
+    assert isinstance(w1, ExpertRows)
+    assert isinstance(w2, ExpertRows)
+    gate, up = separate(w1)
+    return from_rows(gate), from_rows(w2), from_rows(up)
 
 
 def expert_mlp(
@@ -19,15 +34,15 @@ def expert_mlp(
     weights: jax.Array,
     w1: Weight,
     w2: Weight,
-    w3: Weight,
+    w3: Weight | None,
     limit: float,
     activation: str | None,
 ) -> jax.Array:
+    w1, w2, w3 = _as_stored(w1, w2, w3)
     tokens, choices = experts.shape
     order, group_sizes = routing.sort_by_expert(experts, w1.shape[0])
 
     def product(rows: jax.Array, weight: Weight) -> jax.Array:
-        weight = from_tiles(weight) if isinstance(weight, ExpertTiles) else weight
         quantised = activation is not None and isinstance(weight, QuantArray)
         operand = activation_quant.activation_quant(rows) if quantised else rows
         return grouped_matmul.grouped_matmul(operand, weight, group_sizes, x.dtype)

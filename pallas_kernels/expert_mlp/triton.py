@@ -1,12 +1,11 @@
-"""Routed experts on the tensor cores: two products over FP4 tiles, the gated activation between them.
+"""Routed experts on the tensor cores: two products, the gated activation between them.
 
 Weights are the rows of the tensor core's product and tokens its columns, so even a single token reads each
-weight once and at full width, and a token's sum runs over K in one order whatever else is in the batch. The
-four bytes that hold eight values become E4M3 by table, exactly, and meet activations in `fp8_token128`: the
-released arithmetic, on FP8 tensor cores. Where there are none, the same bytes become bfloat16.
+weight once and at full width, and a token's sum runs over K in one order whatever else is in the batch.
+Activations in `fp8_token128` meet weights in E4M3: those of FP4 weights come from a table, exactly, those of
+FP8 weights are what is stored. This is the released arithmetic, on FP8 tensor cores. Unquantised activations
+meet the same weights in bfloat16.
 """
-
-import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -14,18 +13,19 @@ import triton
 import triton.language as tl
 
 from pallas_kernels.activation_quant import activation_quant
+from pallas_kernels.activation_quant.triton import quantized
 from pallas_kernels.expert_mlp.plan import Plan, plan
+from pallas_kernels.expert_mlp.rows import ExpertRows
 from pallas_kernels.expert_mlp.tiles import ExpertTiles
-from pallas_kernels.formats import QuantArray
+from pallas_kernels.expert_mlp.tilings import Operands, Tiling, Tilings, tilings_for
+from pallas_kernels.formats import FORMATS, fake_quantize
+from pallas_kernels.target import current_target
 from pallas_kernels.triton_call import triton_call
 
 
 @triton.jit
-def _e4m3_by_table(words, multiplier):
-    """Bytes of a word of eight values, and its multiplier four times: values 0-3 and 4-7 as E4M3 bytes.
-
-    A thread must hold the four bytes of a word side by side, which Triton arranges when the multipliers come
-    through shared memory too: at least four bytes of them a thread, so BN is 32 times the number of warps.
+def _e4m3_by_table(words, shares, shift):
+    """The eight values of a word times 2^(multiplier - 5): two words of four E4M3 bytes, values 0-3 and 4-7.
 
     The table of a multiplier m is the E4M3 byte of each e2m1 magnitude times 2^(m-5): one more in m is 8 more
     in the byte, from the subnormals up. `prmt` looks four magnitudes up at once.
@@ -33,9 +33,11 @@ def _e4m3_by_table(words, multiplier):
     return tl.inline_asm_elementwise(
         """
         {
-        .reg .b32 low, high, which, found;
-        mad.lo.u32 low, $3, 0x08080800, 0x14100800;
-        mad.lo.u32 high, $3, 0x08080808, 0x24201C18;
+        .reg .b32 share, low, high, which, found;
+        shr.u32 share, $3, $4;
+        and.b32 share, share, 0xFF;
+        mad.lo.u32 low, share, 0x08080800, 0x14100800;
+        mad.lo.u32 high, share, 0x08080808, 0x24201C18;
         and.b32 which, $2, 0x77777777;
         prmt.b32 found, low, high, which;
         lop3.b32 $0, found, $2, 0x80808080, 0xF8;
@@ -45,39 +47,108 @@ def _e4m3_by_table(words, multiplier):
         lop3.b32 $1, found, which, 0x80808080, 0xF8;
         }
         """,
-        "=r,=r,r,r,r,r,r",
-        [words, multiplier],
-        dtype=(tl.uint8, tl.uint8),
+        "=&r,=&r,r,r,r",
+        [words, shares, shift],
+        dtype=(tl.int32, tl.int32),
         is_pure=True,
-        pack=4,
+        pack=1,
     )
 
 
 @triton.jit
-def _operand(codes, multipliers, BN: tl.constexpr, VENDOR: tl.constexpr, FP8: tl.constexpr):
-    """A [BN, 128] operand, still to be scaled by row, from the bytes of its tile."""
-    codes = tl.reshape(codes, (BN // 16, 2, 8, 4, 2, 2, 4))  # n16 k64 t q g h byte
-    multipliers = tl.reshape(multipliers, (BN // 16, 2, 8, 1, 2, 2, 1))
-    if FP8 and VENDOR == "cuda":
-        # Each word's four bytes get its one multiplier as a 32-bit number.
-        wide = tl.broadcast_to(multipliers.to(tl.int32), (BN // 16, 2, 8, 4, 2, 2, 4))
-        first, second = _e4m3_by_table(codes, wide)
-        values = tl.join(first, second)  # n16 k64 t q g h b j
-        values = tl.permute(values, (0, 5, 2, 1, 4, 7, 3, 6))  # n16 h t k64 g j q b
-        return tl.reshape(values, (BN, 128)).to(tl.float8e4nv, bitcast=True)
-    # Byte i holds the magnitudes of values 2i and 2i + 1, and the signs of values i and 4 + i.
-    magnitude = tl.join(codes & 7, (codes >> 4) & 7)  # ... h byte half
-    sign = tl.join(codes >> 7, (codes >> 3) & 1)  # ... h b j
-    sign = tl.permute(sign, (0, 1, 2, 3, 4, 5, 7, 6))  # ... h j b
-    magnitude = tl.reshape(magnitude, (BN // 16, 2, 8, 4, 2, 2, 8)).to(tl.int32)
-    sign = tl.reshape(sign, (BN // 16, 2, 8, 4, 2, 2, 8)).to(tl.int32)
+def _bfloat16_by_table(words, shares, shift):
+    """As `_e4m3_by_table`, in pairs of bfloat16: upper and lower bytes by table, times the power of two."""
+    return tl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 share, power, which, upper, lower, sign, zero;
+        mov.b32 zero, 0x80008000;
+        shr.u32 share, $5, $6;
+        and.b32 share, share, 0xFF;
+        mad.lo.u32 power, share, 0x00800080, 0x3D003D00;
+        and.b32 which, $4, 0x77777777;
+        prmt.b32 upper, 0x3F3F3F00, 0x40404040, which;
+        prmt.b32 lower, 0xC0800000, 0xC0804000, which;
+        lop3.b32 upper, upper, $4, 0x80808080, 0xF8;
+        prmt.b32 $0, lower, upper, 0x5140;
+        prmt.b32 $1, lower, upper, 0x7362;
+        fma.rn.bf16x2 $0, $0, power, zero;
+        fma.rn.bf16x2 $1, $1, power, zero;
+        shr.u32 which, which, 16;
+        prmt.b32 upper, 0x3F3F3F00, 0x40404040, which;
+        prmt.b32 lower, 0xC0800000, 0xC0804000, which;
+        shl.b32 sign, $4, 4;
+        lop3.b32 upper, upper, sign, 0x80808080, 0xF8;
+        prmt.b32 $2, lower, upper, 0x5140;
+        prmt.b32 $3, lower, upper, 0x7362;
+        fma.rn.bf16x2 $2, $2, power, zero;
+        fma.rn.bf16x2 $3, $3, power, zero;
+        }
+        """,
+        "=&r,=&r,=&r,=&r,r,r,r",
+        [words, shares, shift],
+        dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def _bytes(word):
+    """The four bytes of a word, along a new pair of axes: [..., 2, 2] by bit 0 and bit 1 of their number."""
+    even = tl.join(word.to(tl.uint8), (word >> 16).to(tl.uint8))
+    odd = tl.join((word >> 8).to(tl.uint8), (word >> 24).to(tl.uint8))
+    return tl.join(even, odd)  # high bit, low bit
+
+
+@triton.jit
+def _pairs(word):
+    """The two halves of a word as bfloat16, along a new axis."""
+    low, high = word.to(tl.uint16), (word >> 16).to(tl.uint16)
+    return tl.join(low.to(tl.bfloat16, bitcast=True), high.to(tl.bfloat16, bitcast=True))
+
+
+@triton.jit
+def _by_arithmetic(words, multipliers, BN: tl.constexpr):
+    """What the tables give, on any chip: float32 [n16 k64 t q g h j pair b]."""
+    # Value i has its magnitude in bits 4i to 4i + 2; its sign in bit 8b + 7 for i = b, 8b + 3 for i = 4 + b.
+    value = tl.arange(0, 8)
+    words = words[:, :, :, :, :, :, None]
+    magnitude = (words >> (4 * value)) & 7
+    sign = (words >> (8 * (value % 4) + 7 - value // 4 * 4)) & 1
     exponent, mantissa = magnitude >> 1, magnitude & 1
     twice = tl.where(exponent == 0, mantissa, ((2 + mantissa) << exponent) >> 1).to(tl.float32)
-    power = ((multipliers.to(tl.int32) + (127 - 6)) << 23).to(tl.float32, bitcast=True)
-    values = tl.where(sign == 1, -twice, twice) * power
-    values = tl.reshape(values, (BN // 16, 2, 8, 4, 2, 2, 2, 4))  # n16 k64 t q g h j b
-    values = tl.reshape(tl.permute(values, (0, 5, 2, 1, 4, 6, 3, 7)), (BN, 128))
-    return values.to(tl.float8e4nv) if FP8 else values.to(tl.bfloat16)
+    power = ((multipliers + (127 - 6)) << 23).to(tl.float32, bitcast=True)
+    values = tl.where(sign == 1, -twice, twice) * power[:, :, :, :, :, :, None]
+    return tl.reshape(values, (BN // 16, 2, 8, 4, 2, 2, 2, 2, 2))
+
+
+@triton.jit
+def _fp4_operand(words, shares, BN: tl.constexpr, VENDOR: tl.constexpr, FP8: tl.constexpr):
+    """A [BN, 128] operand, still to be scaled by row, from the words of its tile.
+
+    In bfloat16 its columns stand as in `interleave_pairs`.
+    """
+    words = tl.reshape(words, (BN // 16, 2, 8, 4, 2, 2))  # n16 k64 t q g h
+    shares = tl.broadcast_to(tl.reshape(shares, (BN // 16, 2, 8, 1, 1, 1)), (BN // 16, 2, 8, 4, 2, 2))
+    shift = 16 * tl.arange(0, 2)[:, None] + 8 * tl.arange(0, 2)[None, :]  # to the byte of g and h
+    shift = tl.broadcast_to(tl.reshape(shift, (1, 1, 1, 1, 2, 2)), (BN // 16, 2, 8, 4, 2, 2))
+    if VENDOR == "cuda":
+        if FP8:
+            first, second = _e4m3_by_table(words, shares, shift)
+            values = _bytes(tl.join(first, second))  # n16 k64 t q g h j pair b
+        else:
+            low0, high0, low1, high1 = _bfloat16_by_table(words, shares, shift)
+            values = _pairs(tl.join(tl.join(low0, low1), tl.join(high0, high1)))  # ... j pair b
+    else:
+        values = _by_arithmetic(words, (shares >> shift) & 0xFF, BN)
+    if FP8:
+        values = tl.permute(values, (0, 5, 2, 1, 4, 6, 3, 7, 8))  # n16 h t  k64 g j q pair b
+        operand = tl.reshape(values, (BN, 128)).to(tl.float8e4nv, bitcast=VENDOR == "cuda")
+    else:
+        values = tl.permute(values, (0, 5, 2, 1, 4, 6, 7, 3, 8))  # n16 h t  k64 g j pair q b
+        operand = tl.reshape(values, (BN, 128)).to(tl.bfloat16)
+    return operand
 
 
 @triton.jit
@@ -87,50 +158,107 @@ def _power_of_two(exponent):
 
 
 @triton.jit
-def _tile_product(codes, multipliers, x, x_scale, BN: tl.constexpr, VENDOR: tl.constexpr, FP8: tl.constexpr):
-    """[BN, BT] partial sum over one block of 128 columns."""
-    product = tl.dot(_operand(codes, multipliers, BN, VENDOR, FP8), tl.trans(x))
-    return product * x_scale[None, :]
+def _number(scale):
+    """A weight's scale as float32, whether it is stored so or as an E8M0 byte."""
+    if scale.dtype == tl.uint8:
+        scale = _power_of_two(scale)
+    return scale
 
 
 @triton.jit
-def _tile_at(expert, block, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr):
-    """Offsets of the codes and multipliers of BN rows, whole tiles, in the first 128 columns."""
+def _product(
+    values,  # FP4: codes of tiles; FP8: [E, N, K] e4m3
+    scale,  # FP4: multipliers of tiles; FP8: [E, N/8, K/128]
+    row_exponent,  # FP4 only: [E, N] uint8
+    x,  # [?, K] e4m3, or bfloat16 without scales: quantised here, or not at all
+    x_scale,  # [?, K/128] uint8
+    expert,
+    block,
+    rows,  # [BT] of x
+    real,  # [BT]
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BN: tl.constexpr,
+    BT: tl.constexpr,
+    FP4: tl.constexpr,
+    FP8: tl.constexpr,
+    FLOOR: tl.constexpr,
+    VENDOR: tl.constexpr,
+):
+    """[BN, BT] float32: BN rows of an expert's weight, from row block * BN, times the `rows` of x."""
     KT: tl.constexpr = K // 128
-    base = (expert.to(tl.int64) * (N // 128) + block * (BN // 128)) * KT
-    code, multiplier = tl.arange(0, BN * 64), tl.arange(0, BN * 4)
-    code = (base + code // 8192 * KT) * 8192 + code % 8192
-    multiplier = (base + multiplier // 512 * KT) * 512 + multiplier % 512
-    return code, multiplier
+    first = expert.to(tl.int64) * N + block * BN
+    x_at = x + rows.to(tl.int64)[:, None] * K + tl.arange(0, 128)[None, :]
+    x_scale_at = x_scale + rows.to(tl.int64) * KT
+    if FP4:
+        # Whole tiles of 128 rows, or the first or second part of one.
+        word, share = tl.arange(0, BN * 16), tl.arange(0, BN)  # four multipliers each
+        tile, inside = first // 128 * KT, first % 128
+        word_at = values.to(tl.pointer_type(tl.int32)) + (tile * 2048 + inside * 16)
+        word_at += word // 2048 * (KT * 2048) + word % 2048
+        share_at = scale.to(tl.pointer_type(tl.int32)) + (tile * 128 + inside)
+        share_at += share // 128 * (KT * 128) + share % 128
+    else:
+        value_at = values + (first + tl.arange(0, BN))[:, None] * K + tl.arange(0, 128)[None, :]
+        scale_at = scale + (first // 8 + tl.arange(0, BN) // 8) * KT
+
+    total = tl.zeros((BN, BT), tl.float32)
+    if FP8 and x.dtype.element_ty != tl.bfloat16:
+        following = tl.load(x_scale_at, mask=real, other=0)
+    for k in range(KT):
+        # Weights first: their loads need not wait for the list of rows to arrive.
+        if FP4:
+            words, shares = tl.load(word_at + k * 2048), tl.load(share_at + k * 128)
+            weights = _fp4_operand(words, shares, BN, VENDOR, FP8)
+        else:
+            weights = tl.load(value_at + k * 128)
+            if not FP8:
+                weights = weights.to(tl.float32).to(tl.bfloat16)
+        xk = tl.load(x_at + k * 128, mask=real[:, None], other=0.0)
+        if FP8:
+            if x.dtype.element_ty == tl.bfloat16:
+                xk, exponent = quantized(xk, FLOOR, 448.0)
+            else:
+                # Scales come a step ahead: single bytes do not go through the pipeline that tiles go through.
+                exponent = following
+                following = tl.load(x_scale_at + tl.minimum(k + 1, KT - 1), mask=real, other=0)
+            part = tl.dot(weights, tl.trans(xk)) * _power_of_two(exponent)[None, :]
+        else:
+            part = tl.dot(weights, tl.trans(xk))
+        if not FP4:
+            part *= _number(tl.load(scale_at + k))[:, None]
+        total += part
+    if FP4:
+        # The row's scale is that of its largest group, which has multiplier 11: 2^(11 - 5) too much.
+        total *= (_power_of_two(tl.load(row_exponent + first + tl.arange(0, BN))) * 0.015625)[:, None]
+    return total
 
 
 @triton.jit
 def _gate_up(
-    x,  # [T, K] e4m3, or bfloat16 without scales
-    x_scale,  # [T, K/128] uint8
-    w1,  # codes of the gate: tiles of [E, N, K]
-    m1,
-    r1,
-    w3,  # codes of the up projection
-    m3,
-    r3,
+    values,  # of gate and up, rows interleaved eight by eight: N of them an expert
+    scale,
+    row_exponent,
+    x,
+    x_scale,
     weight,  # [R] float32, routing weight of each (token, choice)
     order,  # [R] int32, the (token, choice) of each row, rows sorted by expert
     tile_expert,  # [tiles] int32, -1 for tiles that are not there
     tile_start,  # [tiles] int32, first row
     tile_end,  # [tiles] int32, row after the last
-    out,  # [R, N] in sorted order
+    out,  # [R, N/2] in sorted order
     N: tl.constexpr,
     K: tl.constexpr,
     CHOICES: tl.constexpr,
     LIMIT: tl.constexpr,
     BN: tl.constexpr,
     BT: tl.constexpr,
+    FP4: tl.constexpr,
     FP8: tl.constexpr,
+    FLOOR: tl.constexpr,
     VENDOR: tl.constexpr,
 ):
     NT: tl.constexpr = N // BN
-    KT: tl.constexpr = K // 128
     tile, block = tl.program_id(0) // NT, tl.program_id(0) % NT
     expert = tl.load(tile_expert + tile)
     if expert < 0:
@@ -138,46 +266,45 @@ def _gate_up(
     rows = tl.load(tile_start + tile) + tl.arange(0, BT)
     real = rows < tl.load(tile_end + tile)
     pair = tl.load(order + rows, mask=real, other=0)
-    token = (pair // CHOICES).to(tl.int64)
 
-    code, multiplier = _tile_at(expert, block, N, K, BN)
-    x_at = x + token[:, None] * K + tl.arange(0, 128)[None, :]
-    scale_at = x_scale + token * KT
-
-    gate = tl.zeros((BN, BT), tl.float32)
-    up = tl.zeros((BN, BT), tl.float32)
-    for k in range(KT):
-        scale = tl.full((BT,), 1.0, tl.float32)
-        if FP8:
-            scale = _power_of_two(tl.load(scale_at + k, mask=real, other=0))
-        xk = tl.load(x_at + k * 128, mask=real[:, None], other=0.0)
-        gate += _tile_product(
-            tl.load(w1 + code + k * 8192), tl.load(m1 + multiplier + k * 512), xk, scale, BN, VENDOR, FP8
-        )
-        up += _tile_product(
-            tl.load(w3 + code + k * 8192), tl.load(m3 + multiplier + k * 512), xk, scale, BN, VENDOR, FP8
-        )
-
-    # The row's scale is that of its largest group, which has multiplier 11: 2^(11 - 5) too much.
-    columns = block * BN + tl.arange(0, BN)
-    row_at = expert.to(tl.int64) * N + columns
-    gate *= (_power_of_two(tl.load(r1 + row_at)) * 0.015625)[:, None]
-    up *= (_power_of_two(tl.load(r3 + row_at)) * 0.015625)[:, None]
-    gate = tl.minimum(gate.to(tl.bfloat16).to(tl.float32), LIMIT)
-    up = tl.minimum(tl.maximum(up.to(tl.bfloat16).to(tl.float32), -LIMIT), LIMIT)
-    share = tl.load(weight + pair, mask=real, other=0.0)
-    inner = gate / (1.0 + tl.exp(-gate)) * up * share[None, :]
-    out_at = out + rows.to(tl.int64)[:, None] * N + columns[None, :]
+    total = _product(
+        values,
+        scale,
+        row_exponent,
+        x,
+        x_scale,
+        expert,
+        block,
+        pair // CHOICES,
+        real,
+        N,
+        K,
+        BN,
+        BT,
+        FP4,
+        FP8,
+        FLOOR,
+        VENDOR,
+    )
+    # Rows r and r + 8 of sixteen are in one thread: the gate and the up of one inner column.
+    total = tl.permute(tl.reshape(total.to(tl.bfloat16), (BN // 16, 2, 8, BT)), (0, 2, 3, 1))
+    gate, up = tl.split(total)
+    gate = tl.minimum(gate.to(tl.float32), LIMIT)
+    up = tl.minimum(tl.maximum(up.to(tl.float32), -LIMIT), LIMIT)
+    inner = tl.reshape(gate / (1.0 + tl.exp(-gate)) * up, (BN // 2, BT))
+    inner *= tl.load(weight + pair, mask=real, other=0.0)[None, :]
+    columns = block * (BN // 2) + tl.arange(0, BN // 2)
+    out_at = out + rows.to(tl.int64)[:, None] * (N // 2) + columns[None, :]
     tl.store(out_at, tl.trans(inner).to(tl.bfloat16), mask=real[:, None])
 
 
 @triton.jit
 def _down(
+    values,
+    scale,
+    row_exponent,
     x,  # [R, K] in sorted order
-    x_scale,  # [R, K/128] uint8
-    w2,
-    m2,
-    r2,
+    x_scale,
     order,
     tile_expert,
     tile_start,
@@ -187,92 +314,85 @@ def _down(
     K: tl.constexpr,
     BN: tl.constexpr,
     BT: tl.constexpr,
+    FP4: tl.constexpr,
     FP8: tl.constexpr,
+    FLOOR: tl.constexpr,
     VENDOR: tl.constexpr,
 ):
     NT: tl.constexpr = N // BN
-    KT: tl.constexpr = K // 128
     tile, block = tl.program_id(0) // NT, tl.program_id(0) % NT
     expert = tl.load(tile_expert + tile)
     if expert < 0:
         return
     rows = tl.load(tile_start + tile) + tl.arange(0, BT)
     real = rows < tl.load(tile_end + tile)
-    row = rows.to(tl.int64)
 
-    code, multiplier = _tile_at(expert, block, N, K, BN)
-    x_at = x + row[:, None] * K + tl.arange(0, 128)[None, :]
-    scale_at = x_scale + row * KT
-
-    total = tl.zeros((BN, BT), tl.float32)
-    for k in range(KT):
-        scale = tl.full((BT,), 1.0, tl.float32)
-        if FP8:
-            scale = _power_of_two(tl.load(scale_at + k, mask=real, other=0))
-        xk = tl.load(x_at + k * 128, mask=real[:, None], other=0.0)
-        total += _tile_product(
-            tl.load(w2 + code + k * 8192), tl.load(m2 + multiplier + k * 512), xk, scale, BN, VENDOR, FP8
-        )
-
+    total = _product(
+        values,
+        scale,
+        row_exponent,
+        x,
+        x_scale,
+        expert,
+        block,
+        rows,
+        real,
+        N,
+        K,
+        BN,
+        BT,
+        FP4,
+        FP8,
+        FLOOR,
+        VENDOR,
+    )
     columns = block * BN + tl.arange(0, BN)
-    total *= (_power_of_two(tl.load(r2 + expert.to(tl.int64) * N + columns)) * 0.015625)[:, None]
     pair = tl.load(order + rows, mask=real, other=0).to(tl.int64)
     out_at = out + pair[:, None] * N + columns[None, :]
     tl.store(out_at, tl.trans(total).to(tl.bfloat16), mask=real[:, None])
 
 
-@dataclasses.dataclass(frozen=True)
-class Tiling:
-    """Sizes of a launch: `rows` of weights a program takes, and Triton's own two."""
-
-    rows: int
-    num_warps: int
-    num_stages: int
+Weight = ExpertTiles | ExpertRows
 
 
-# By the number of (token, choice) rows up to which it holds: tokens in a tile; gate and up; down.
-TILINGS = (
-    (2048, 16, Tiling(128, 4, 4), Tiling(128, 4, 4)),
-    (6144, 32, Tiling(128, 4, 4), Tiling(128, 4, 4)),
-    (2**31, 64, Tiling(128, 4, 3), Tiling(128, 4, 3)),
-)
-
-
-def tilings_for(rows: int) -> tuple[int, Tiling, Tiling]:
-    """Tokens in a tile, and the tilings of both products, for so many (token, choice) rows."""
-    return next(tuple(sizes) for most, *sizes in TILINGS if rows <= most)  # type: ignore[return-value]
+def operands(weight: Weight, activation: str | None) -> Operands:
+    """What the tensor cores multiply: where they take no E4M3, quantised activations too are bfloat16."""
+    fp8 = activation is not None and current_target().has_e4m3
+    if isinstance(weight, ExpertTiles):
+        return "fp4 x fp8" if fp8 else "fp4 x bf16"
+    return "fp8 x fp8" if fp8 else "fp8 x bf16"
 
 
 def expert_mlp(
     x: jax.Array,
     experts: jax.Array,
     weights: jax.Array,
-    w1: ExpertTiles,
-    w2: ExpertTiles,
-    w3: ExpertTiles,
+    w1: Weight,
+    w2: Weight,
+    w3: None,
     limit: float,
     activation: str | None,
 ) -> jax.Array:
-    sizes = tilings_for(experts.size)
-    planned = plan(experts, w1.shape[0], sizes[0])
-    return planned_mlp(x, planned, weights, w1, w2, w3, limit, activation, sizes)
+    sizes = tilings_for(current_target().arch, operands(w1, activation), experts.size)
+    planned = plan(experts, w1.shape[0], sizes.tile_rows)
+    return planned_mlp(x, planned, weights, w1, w2, limit, activation, sizes)
 
 
 def planned_mlp(
     x: jax.Array,
     planned: Plan,
     weights: jax.Array,
-    w1: ExpertTiles,
-    w2: ExpertTiles,
-    w3: ExpertTiles,
+    w13: Weight,
+    w2: Weight,
     limit: float,
     activation: str | None,
-    sizes: tuple[int, Tiling, Tiling],
+    sizes: Tilings,
 ) -> jax.Array:
     """`expert_mlp` once its plan is made."""
     tokens, choices = weights.shape
-    inner = gate_up(x, planned, weights, w1, w3, limit, activation, sizes[0], sizes[1])
-    out = down(inner, planned, w2, activation, sizes[0], sizes[2])
+    inner = gate_up(x, planned, weights, w13, limit, activation, sizes.tile_rows, sizes.gate_up)
+    out = down(inner, planned, w2, activation, sizes.tile_rows, sizes.down)
+    # Always in the order of the choices: the same bits in every run.
     return out.reshape(tokens, choices, -1).astype(jnp.float32).sum(1)
 
 
@@ -280,66 +400,75 @@ def gate_up(
     x: jax.Array,
     planned: Plan,
     weights: jax.Array,
-    w1: ExpertTiles,
-    w3: ExpertTiles,
+    w13: Weight,
     limit: float,
     activation: str | None,
     tile_rows: int,
     tiling: Tiling,
 ) -> jax.Array:
     """[R, F] bfloat16 in sorted order: weight * silu(gate) * up."""
-    rows, (_, inner, hidden) = weights.size, w1.shape
-    return triton_call(
-        _gate_up,
-        *_values_and_scale(x, activation),
-        *(w1.codes, w1.multipliers, w1.row_exponent),
-        *(w3.codes, w3.multipliers, w3.row_exponent),
-        weights.reshape(-1),
-        *(planned.order, planned.expert, planned.start, planned.end),
-        out=jax.ShapeDtypeStruct((rows, inner), jnp.bfloat16),
-        grid=(planned.expert.size * (inner // tiling.rows),),
-        num_warps=tiling.num_warps,
-        num_stages=tiling.num_stages,
-        N=inner,
-        K=hidden,
-        CHOICES=weights.shape[1],
-        LIMIT=limit,
-        BN=tiling.rows,
-        BT=tile_rows,
-        FP8=activation is not None,
+    constants = {"CHOICES": weights.shape[1], "LIMIT": limit}
+    out = jax.ShapeDtypeStruct((weights.size, w13.shape[1] // 2), jnp.bfloat16)
+    return _launch(
+        _gate_up, x, (weights.reshape(-1),), planned, w13, out, activation, tile_rows, tiling, constants
     )
 
 
 def down(
-    inner: jax.Array,
-    planned: Plan,
-    w2: ExpertTiles,
-    activation: str | None,
-    tile_rows: int,
-    tiling: Tiling,
+    inner: jax.Array, planned: Plan, w2: Weight, activation: str | None, tile_rows: int, tiling: Tiling
 ) -> jax.Array:
     """[R, M] bfloat16 in (token, choice) order."""
-    _, hidden, columns = w2.shape
+    out = jax.ShapeDtypeStruct((inner.shape[0], w2.shape[1]), jnp.bfloat16)
+    return _launch(_down, inner, (), planned, w2, out, activation, tile_rows, tiling, {})
+
+
+def _launch(
+    kernel, x, more, planned: Plan, weight: Weight, out, activation, tile_rows: int, tiling: Tiling, constants
+) -> jax.Array:
+    _, rows, columns = weight.shape
+    fp8 = operands(weight, activation).endswith("x fp8")
+    fp4 = isinstance(weight, ExpertTiles)
+    arrays = (weight.codes, weight.multipliers, weight.row_exponent) if fp4 else (weight.values, weight.scale)
+    if fp8 and tiling.quantizes:
+        x_scale = arrays[-1]  # holds the place, never read
+    elif fp8:
+        quantised = activation_quant(x)
+        x, x_scale = quantised.values, quantised.scale
+    else:
+        x_scale = arrays[-1]  # holds the place, never read
+        if activation is not None:
+            x = fake_quantize(x, activation)  # bfloat16 holds these numbers too
+        if fp4:
+            x = interleave_pairs(x)
+    if not fp4:
+        arrays = (*arrays, weight.scale)  # in place of row exponents
     return triton_call(
-        _down,
-        *_values_and_scale(inner, activation),
-        *(w2.codes, w2.multipliers, w2.row_exponent),
+        kernel,
+        *arrays,
+        x,
+        x_scale,
+        *more,
         *(planned.order, planned.expert, planned.start, planned.end),
-        out=jax.ShapeDtypeStruct((inner.shape[0], hidden), jnp.bfloat16),
-        grid=(planned.expert.size * (hidden // tiling.rows),),
+        out=out,
+        grid=(planned.expert.size * (rows // tiling.rows),),
         num_warps=tiling.num_warps,
         num_stages=tiling.num_stages,
-        N=hidden,
+        N=rows,
         K=columns,
         BN=tiling.rows,
         BT=tile_rows,
-        FP8=activation is not None,
+        FP4=fp4,
+        FP8=fp8,
+        FLOOR=FORMATS["fp8_token128"].floor,
+        **constants,
     )
 
 
-def _values_and_scale(x: jax.Array, activation: str | None) -> tuple[jax.Array, jax.Array]:
-    """Activations as the kernels take them; without quantisation the scales are never read."""
-    if activation is None:
-        return x, jnp.zeros((1,), jnp.uint8)
-    quantised: QuantArray = activation_quant(x)
-    return quantised.values, quantised.scale
+def interleave_pairs(x: jax.Array) -> jax.Array:
+    """Columns 4q + 2p + b of every sixteen at 8p + 2q + b: where bfloat16 matrix instructions want them.
+
+    A word of a tile holds four neighbouring columns. An instruction takes two of them from a thread, and two
+    eight further on; as a sum over columns may run in any order, they trade places on both sides.
+    """
+    parts = x.reshape(*x.shape[:-1], x.shape[-1] // 16, 4, 2, 2)
+    return jnp.swapaxes(parts, -3, -2).reshape(x.shape)

@@ -4,6 +4,21 @@ import jax
 import jax.numpy as jnp
 
 
+def route_by_score(
+    logits: jax.Array, bias: jax.Array, top_k: int, scaling_factor: float
+) -> tuple[jax.Array, jax.Array]:
+    scores = gate_scores(logits)
+    experts_NA = choose_experts(scores, bias, top_k)
+    return experts_NA, routing_weights(scores, experts_NA, scaling_factor)
+
+
+def route_by_id(
+    logits: jax.Array, ids: jax.Array, table: jax.Array, scaling_factor: float
+) -> tuple[jax.Array, jax.Array]:
+    experts_NA = table[ids]
+    return experts_NA, routing_weights(gate_scores(logits), experts_NA, scaling_factor)
+
+
 def gate_scores(logits: jax.Array) -> jax.Array:
     return jnp.sqrt(jax.nn.softplus(logits.astype(jnp.float32)))
 

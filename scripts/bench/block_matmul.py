@@ -1,22 +1,22 @@
 #!/usr/bin/env python3
-"""Times products with FP8 weights at the shapes of DeepSeek-V4-Flash; activations are already quantised.
+"""Times products with FP8 weights at the shapes of DeepSeek-V4; activations are already quantised.
 
-Calls run one after the other inside one jitted program, over enough copies of the weight that none is left
-in the L2 cache when its turn comes again. Every case is checked against the reference in the same run.
+Calls run one after the other inside one jitted program: a loop over at least 24 copies of the weight, which
+fill the L2 cache twice, so that none is left in it when its turn comes again, and the loop costs nothing. Every
+case is checked against the reference in the same run.
 
   python scripts/bench/block_matmul.py --results scripts/bench/results/h200.json      the tiles of the table
-  python scripts/bench/block_matmul.py --tune --tiles-out pallas_kernels/block_matmul/tuned.py
+  python scripts/bench/block_matmul.py --tune --tiles-out pallas_kernels/block_matmul/tuned.json
   python scripts/bench/block_matmul.py --dry      no GPU: compiles all candidates, prints what they need
 """
 
 import argparse
 import dataclasses
 import functools
-import inspect
 import itertools
+import json
 import math
 import os
-import pprint
 import re
 import subprocess
 import sys
@@ -35,42 +35,155 @@ sys.path.insert(0, str(Path(__file__).parent))
 from harness import facts, median_us, save
 
 from pallas_kernels import QuantArray, current_target
-from pallas_kernels.block_matmul import reference, tuned
+from pallas_kernels.block_matmul import reference
 from pallas_kernels.block_matmul import triton as kernels
-from pallas_kernels.block_matmul.tiles import BLOCK, Operand, Tile, tile_for
-from pallas_kernels.triton_call import compile_offline, launches
+from pallas_kernels.block_matmul.tiles import BLOCK, Operand, Tile, tile_for, tuned
+from pallas_kernels.triton_call import Engine, compile_offline, launches
 
 COPY_BYTES_PER_S = 4.3e12  # what a plain copy reaches on an H200
 FP8_FLOP_PER_S = 1.5e15
+FEWEST_CALLS = 24  # in one turn of the loop
 COLD_BYTES = 134e6  # of weights between two uses of one: twice the L2 cache
 SHARED_BYTES = 227 * 1024
 MOST_ERROR = 3e-3  # relative: rounding to bfloat16 alone makes 1.7e-3
 
+# Rows, columns, groups; wo_a has groups and takes bfloat16 activations.
 SHAPES = {
     "wq_b": (32768, 1024, 1),
     "wo_b": (4096, 8192, 1),
     "wq_a+wkv": (1536, 4096, 1),
     "shared w1+w3": (4096, 4096, 1),
-    "wo_a": (8192, 4096, 8),  # in groups, with bfloat16 activations
+    "wo_a": (8192, 4096, 8),
+    "pro wq_b": (65536, 1536, 1),
+    "pro wo_b": (7168, 16384, 1),
+    "pro wq_a+wkv": (2048, 7168, 1),
+    "pro shared w1+w3": (6144, 7168, 1),
+    "pro wo_a": (16384, 4096, 16),
+}
+MODELS = {
+    "flash": [name for name in SHAPES if not name.startswith("pro ")],
+    "pro": [name for name in SHAPES if name.startswith("pro ")],
 }
 
-# By the most tokens they are for: tokens, rows, stack, span, splits, num_warps, num_stages of each tile.
+
+def streams(columns: int) -> list[Tile]:
+    """For one token: 16 to 64 KiB of weights a program, 64 to 256 bytes a thread."""
+    width = 1 << (columns - 1).bit_length()
+    sizes = ((16, 4), (32, 4), (16, 8), (32, 8), (64, 8), (64, 16))  # KiB, warps
+    tiles = [Tile(1, max(1, (kib << 10) // width), num_warps=warps, num_stages=1) for kib, warps in sizes]
+    return list(dict.fromkeys(tiles))
+
+
+# By the most tokens they are for. A candidate that does not suit a shape is left out by Case.candidates.
 CANDIDATES = {
-    8: "8 32 1 8 1 8 4, 8 32 1 8 1 8 5, 8 16 1 8 1 8 4, 8 16 1 8 1 8 6, 8 32 1 4 1 4 5, 8 64 1 4 1 4 4,"
-    "8 128 1 1 1 4 5, 8 64 1 1 1 4 6, 64 128 1 1 1 4 4, 8 64 1 1 4 4 6, 64 64 1 1 4 4 5",
-    32: "32 32 1 4 1 4 4, 32 32 1 8 1 8 4, 32 16 1 8 1 8 4, 32 64 1 1 1 4 6, 32 128 1 1 1 4 5,"
-    "64 128 1 1 1 4 4, 64 64 1 1 2 4 5, 64 64 1 1 4 4 5, 64 128 1 1 4 4 4, 32 64 1 1 2 4 6",
-    128: "64 128 2 1 1 4 3, 64 64 2 1 1 4 4, 64 64 2 1 2 4 4, 64 64 2 1 4 4 4, 64 128 2 1 4 4 4,"
-    "64 64 1 1 1 4 5, 64 64 1 1 2 4 5, 128 64 1 1 1 8 5, 64 32 1 1 1 4 6",
-    512: "64 128 2 1 1 4 3, 64 64 2 1 1 4 4, 128 128 1 1 1 8 5, 64 128 1 1 1 4 4, 128 128 2 1 1 8 3,"
-    "64 128 2 1 2 4 3",
-    8192: "64 128 2 1 1 4 3, 128 128 2 1 1 8 4, 128 128 2 1 1 8 3, 128 128 1 1 1 8 5, 64 128 1 1 1 4 3",
+    1: [
+        Tile(8, 32, span=4, num_stages=5),  # the tensor core's mma.sync, 4 warps along K
+        Tile(8, 16, span=8, num_warps=8),
+        Tile(8, 128, num_stages=5),
+    ],
+    8: [
+        # mma.sync, warps along K: rows of a program against bytes in flight
+        Tile(8, 32, span=4, num_stages=5),
+        Tile(8, 32, span=8, num_warps=8),
+        Tile(8, 16, span=8, num_warps=8),
+        Tile(8, 16, span=4, num_stages=7),
+        Tile(8, 64, span=4, num_warps=8),
+        Tile(8, 32, span=4, num_warps=8, num_stages=5),
+        # all of the loop on one tile: wide weights with few columns
+        Tile(8, 128, num_stages=5),
+        # weights as rows of wgmma, which converts nothing
+        Tile(16, 128, num_stages=5),
+        Tile(16, 64, num_stages=8),
+        Tile(16, 128, num_warps=8, num_stages=6),
+        Tile(16, 64, splits=4, num_stages=8),
+        Tile(16, 128, splits=8, num_warps=8, num_stages=6),
+    ],
+    32: [
+        # weights as rows of wgmma: 128 of them halve what is read of the tokens
+        Tile(32, 128, num_stages=4),
+        Tile(32, 128, num_warps=8, num_stages=5),
+        Tile(32, 64, num_stages=6),
+        Tile(32, 64, splits=2, num_stages=8),
+        Tile(32, 64, splits=4, num_stages=6),
+        Tile(32, 64, splits=4, num_stages=8),
+        Tile(32, 128, splits=4, num_stages=6),
+        Tile(32, 128, splits=4, num_warps=8, num_stages=8),
+        Tile(32, 128, splits=8, num_stages=4),
+        # tokens as rows, half of them missing
+        Tile(64, 64, splits=4, num_stages=5),
+        Tile(64, 128, num_stages=4),
+        # mma.sync: no parts to add afterwards
+        Tile(32, 32, span=4, num_stages=4),
+        Tile(32, 16, span=8, num_warps=8),
+    ],
+    128: [
+        Tile(128, 128, beside=2, num_warps=8, num_stages=4),  # reads least of the tokens
+        Tile(128, 128, num_warps=8, num_stages=6),
+        Tile(128, 128, splits=4, num_warps=8, num_stages=6),
+        Tile(128, 128, splits=8, num_warps=8, num_stages=4),
+        Tile(128, 64, num_warps=8, num_stages=5),
+        Tile(128, 64, splits=2, num_warps=8, num_stages=8),
+        Tile(128, 64, splits=4, num_warps=8, num_stages=4),
+        Tile(64, 64, beside=2, splits=4, num_stages=4),  # two programs an SM from here on
+        Tile(64, 64, stack=2, splits=4, num_stages=4),
+        Tile(64, 128, stack=2, num_stages=3),
+        Tile(64, 64, num_stages=5),
+        Tile(64, 64, splits=2, num_stages=6),
+        Tile(64, 128, num_stages=4),
+    ],
+    512: [
+        Tile(128, 128, beside=2, num_warps=8, num_stages=4),
+        Tile(128, 128, num_warps=8, num_stages=6),
+        Tile(128, 64, num_warps=8, num_stages=4),
+        Tile(128, 64, beside=2, num_warps=8, num_stages=3),
+        Tile(64, 128, stack=2, num_stages=3),
+        Tile(64, 128, num_stages=4),
+        Tile(64, 64, stack=2, num_stages=4),
+        Tile(64, 64, beside=2, num_stages=4),
+    ],
+    8192: [
+        Tile(128, 128, beside=2, num_warps=8, num_stages=4),
+        Tile(128, 128, num_warps=8, num_stages=6),
+        Tile(64, 128, stack=2, num_stages=3),
+        Tile(64, 128, num_stages=3),
+    ],
 }
+# With bfloat16 activations the weights go through registers: tokens of a program against conversions.
 BF16_CANDIDATES = {
-    8: "8 64 1 4 1 4 4, 8 32 1 8 1 8 4, 8 64 1 1 1 4 6, 16 64 1 1 1 4 6",
-    32: "32 64 1 1 1 4 5, 32 32 1 4 1 4 3, 32 64 1 4 1 4 3",
-    128: "128 64 1 1 1 4 3, 64 64 1 1 1 4 4, 128 128 1 1 1 8 3",
-    8192: "128 128 1 1 1 8 3, 64 128 1 1 1 4 3, 128 64 1 1 1 4 3",
+    1: [Tile(8, 64, num_stages=6)],
+    8: [
+        Tile(8, 64, num_stages=6),
+        Tile(16, 64, num_stages=6),
+        Tile(16, 64, num_stages=8),
+        Tile(16, 64, splits=2, num_stages=8),
+        Tile(16, 128, splits=2, num_warps=8, num_stages=8),
+        Tile(16, 128, splits=4, num_warps=8, num_stages=4),
+        Tile(8, 32, span=8, num_warps=8, num_stages=3),
+        Tile(8, 32, span=4, num_stages=4),
+    ],
+    32: [
+        Tile(32, 64, num_stages=6),
+        Tile(32, 64, num_stages=8),
+        Tile(32, 64, splits=2, num_stages=6),
+        Tile(32, 128, splits=2, num_warps=8, num_stages=6),
+        Tile(32, 128, splits=4, num_warps=8, num_stages=4),
+        Tile(32, 32, span=4, num_stages=3),
+    ],
+    128: [
+        Tile(128, 64, num_stages=4),
+        Tile(128, 64, splits=2, num_stages=3),
+        Tile(128, 128, splits=2, num_warps=8, num_stages=4),
+        Tile(64, 64, num_stages=4),
+        Tile(64, 128, num_warps=8, num_stages=4),
+        Tile(128, 64, num_stages=3),
+    ],
+    8192: [
+        Tile(256, 128, num_warps=8, num_stages=3),
+        Tile(256, 64, num_stages=3),
+        Tile(128, 128, num_warps=8, num_stages=4),
+        Tile(128, 64, num_stages=3),
+        Tile(128, 128, num_warps=8, num_stages=3),
+    ],
 }
 
 
@@ -122,19 +235,27 @@ class Case:
         rows, columns, groups = SHAPES[self.name]
         table = CANDIDATES if groups == 1 else BF16_CANDIDATES
         listed = table[min((most for most in table if most >= self.tokens), default=max(table))]
-        chosen = []
-        for tile in (Tile(*map(int, each.split())) for each in listed.split(",")):
-            across, down = -(-rows // tile.rows), -(-self.tokens // (tile.tokens * tile.stack))
-            loaded = (tile.tokens * tile.stack * (1 if groups == 1 else 2) + tile.rows) * BLOCK * tile.span
-            kept = tile.num_stages - 1 if tile.span > 1 or tile.tokens < 64 else tile.num_stages
-            useful = tile.splits == 1 or across * down < 128
-            if not useful or across * down * tile.splits < 60 or (self.tokens <= 128 and across > 1024):
-                continue
-            if tile.divides(columns, rows // groups, groups) and loaded * kept <= SHARED_BYTES:
-                chosen.append(tile)
-        return chosen
+        listed = streams(columns) + listed if self.tokens == 1 else listed
+        return [
+            tile for tile in listed if tile.divides(columns, rows // groups, groups) and self._suits(tile)
+        ]
 
-    def run(self, tile: Tile | None, engine: str = "ffi", out_dtype=jnp.bfloat16) -> Callable[..., jax.Array]:
+    def _suits(self, tile: Tile) -> bool:
+        rows, columns, groups = SHAPES[self.name]
+        if tile.tokens == 1:
+            return rows // tile.rows >= 120
+        across, down = -(-rows // (tile.rows * tile.beside)), -(-self.tokens // (tile.tokens * tile.stack))
+        x_bytes, w_bytes = tile.tokens * tile.stack * (1 if groups == 1 else 2), tile.rows * tile.beside
+        kept = tile.num_stages - 1 if tile.span > 1 or tile.tokens < 16 else tile.num_stages
+        if (x_bytes + w_bytes) * BLOCK * tile.span * kept > SHARED_BYTES:
+            return False
+        split_for_a_reason = tile.splits == 1 or (across * down <= 128 and columns >= 4096)
+        enough = across * down * tile.splits >= min(60, rows // 32)
+        return split_for_a_reason and enough and (self.tokens > 128 or across * down <= 1024)
+
+    def run(
+        self, tile: Tile | None, engine: Engine = "ffi", out_dtype=jnp.bfloat16
+    ) -> Callable[..., jax.Array]:
         """The product as a function of x and weight; with no tile it is the reference."""
         module, keywords = (reference, {}) if tile is None else (kernels, {"tile": tile, "engine": engine})
         op = module.block_matmul if self.operand == "fp8" else module.block_diagonal_matmul
@@ -156,21 +277,18 @@ def random_arrays(key: jax.Array, case: Case) -> tuple[Any, QuantArray]:
 
 def program(run: Callable[..., jax.Array], rounds: int) -> Any:
     """`rounds` times the product of x with each of the weights, as one jitted function."""
+    one = jax.jit(run)  # so that all calls share one lowering
 
     def one_round(x: Any, weights: list[QuantArray]) -> list[jax.Array]:
-        return [run(x, weight) for weight in weights]
+        return [one(x, weight) for weight in weights]
 
     def all_rounds(x: Any, weights: list[QuantArray]) -> list[jax.Array]:
-        if rounds == 1:
-            return one_round(x, weights)
-
-        def body(_: Any, carry: tuple[Any, ...]) -> tuple[Any, ...]:
-            # To XLA the next round's inputs hang on this one's results: it can neither hoist nor merge.
-            x, weights, _ = carry
-            return jax.lax.optimization_barrier((x, weights, one_round(x, weights)))
+        def body(_: Any, before: list[jax.Array]) -> list[jax.Array]:
+            # To XLA this round's inputs hang on the last one's results: it can neither hoist nor merge.
+            return one_round(*jax.lax.optimization_barrier((x, weights, before))[:2])
 
         zeros = [jnp.zeros(out.shape, out.dtype) for out in jax.eval_shape(one_round, x, weights)]
-        return jax.lax.fori_loop(0, rounds, body, (x, weights, zeros))[2]
+        return jax.lax.fori_loop(0, rounds, body, zeros)
 
     return jax.jit(all_rounds)
 
@@ -184,96 +302,134 @@ def relative_error(out: jax.Array, expected: jax.Array) -> jax.Array:
 class Bench:
     """The arrays of one weight of SHAPES, and what runs on them."""
 
-    def __init__(self, name: str, most_tokens: int, engine: str):
-        rows, columns, _ = SHAPES[name]
-        copies = max(2, math.ceil(COLD_BYTES / (rows * columns)))
+    def __init__(self, name: str, most_tokens: int):
         key, largest = jax.random.key(0, impl="rbg"), Case(name, most_tokens)
-        self.engine = engine
+        copies = max(FEWEST_CALLS, self._cold_copies(name))
         self.weights = [random_arrays(jax.random.fold_in(key, n), Case(name, 1))[1] for n in range(copies)]
         self.x = random_arrays(key, largest)[0]
         self.expected = jax.jit(largest.run(None, out_dtype=jnp.float32))(self.x, self.weights[0])
 
-    def inputs(self, case: Case) -> Any:
-        return jax.tree.map(lambda leaf: leaf[: case.tokens], self.x)
+    @staticmethod
+    def _cold_copies(name: str) -> int:
+        rows, columns, _ = SHAPES[name]
+        return max(2, math.ceil(COLD_BYTES / (rows * columns)))
 
-    def rounds(self, case: Case) -> int:
-        """As many as take some 3 ms."""
-        return max(1, round(3000 / (1.5 * case.floor_us * len(self.weights))))
+    def inputs(self, case: Case) -> tuple[Any, list[QuantArray]]:
+        """x, and the weights: where a call takes long, the loop costs nothing and results take much room."""
+        copies = len(self.weights) if case.tokens <= 512 else self._cold_copies(case.name)
+        return jax.tree.map(lambda leaf: leaf[: case.tokens], self.x), self.weights[:copies]
 
-    def prepare(self, case: Case, tile: Tile | None) -> tuple[Any, float]:
+    def calls(self, case: Case) -> tuple[int, int]:
+        """Rounds, as many as take some 3 ms, and calls in all of them."""
+        weights = self.inputs(case)[1]
+        rounds = max(1, round(3000 / (1.5 * case.floor_us * len(weights))))
+        return rounds, rounds * len(weights)
+
+    def prepare(self, case: Case, tile: Tile | None, engine: Engine) -> tuple[Any, float]:
         """The compiled program and its error; runs it once, since PTX is assembled on the first run."""
-        x = self.inputs(case)
-        compiled = program(case.run(tile, self.engine), self.rounds(case)).lower(x, self.weights).compile()
-        return compiled, float(relative_error(compiled(x, self.weights)[0], self.expected))
+        inputs = self.inputs(case)
+        compiled = program(case.run(tile, engine), self.calls(case)[0]).lower(*inputs).compile()
+        return compiled, float(relative_error(compiled(*inputs)[0], self.expected))
 
     def time_us(self, case: Case, compiled: Any) -> float:
-        x = self.inputs(case)
-        calls = self.rounds(case) * len(self.weights)
-        return median_us(lambda: compiled(x, self.weights), repeats=5, inner=3) / calls
+        inputs = self.inputs(case)
+        return median_us(lambda: compiled(*inputs), repeats=5, inner=3) / self.calls(case)[1]
 
 
 def _print_row(case: Case, label: str, us: float, error: float) -> None:
     # Faster than the floor by more than its own uncertainty means that something was not run, or not read.
     doubt = "  NOT BELIEVED" if us < 0.85 * case.floor_us or not error < MOST_ERROR else ""
     share = f"{case.floor_us / us:4.0%} of {case.floor_us:.1f}"
-    print(f"{case.id:46} {label:44} {us:8.2f} us  {share:16} error {error:.1e}{doubt}", flush=True)
+    print(f"{case.id:46} {label:62} {us:8.2f} us  {share:16} error {error:.1e}{doubt}", flush=True)
 
 
-def measure(arguments: argparse.Namespace, started: float) -> tuple[list[dict[str, Any]], dict[Case, Tile]]:
-    """Rows of results, and the best tile of each case."""
+Found = dict[Case, list[tuple[float, Tile, float]]]  # microseconds, tile, error
+
+
+def try_tiles(bench: Bench, jobs: list[tuple[Case, Tile]], engine: Engine) -> Found:
+    """Compiles all jobs side by side, then times one after the other; keeps what is right."""
+    found: Found = {}
+    futures = []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for number, job in enumerate(jobs):
+            futures.append(pool.submit(bench.prepare, *job, engine))
+            if number == 0:
+                futures[0].exception()  # alone: the first also imports what all of them share
+    for (case, tile), future in zip(jobs, futures, strict=True):
+        if future.exception():  # a tile that does not fit the chip is a result too
+            print(f"{case.id} {_shown(tile)}: {str(future.exception())[:200]}", flush=True)
+            continue
+        compiled, error = future.result()
+        us = bench.time_us(case, compiled)
+        _print_row(case, f"{engine} {_shown(tile)}", us, error)
+        if error < MOST_ERROR:
+            found.setdefault(case, []).append((us, tile, error))
+    return found
+
+
+def _row(case: Case, implementation: str, us: float, error: float, **more: Any) -> dict[str, Any]:
+    row = {"id": case.id, "implementation": implementation, "us": round(us, 2)}
+    return row | {"floor_us": round(case.floor_us, 1), "rel_err": error} | more | facts()
+
+
+def measure(name: str, arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[Case, Tile]]:
+    """Rows of results of one weight, and the best tile for each number of tokens."""
     rows, best = [], {}
-
-    def add(case: Case, implementation: str, us: float, error: float, **more: Any) -> None:
-        row = {"id": case.id, "implementation": implementation, "us": round(us, 2)}
-        rows.append(row | {"floor_us": round(case.floor_us, 1), "rel_err": error} | more | facts())
-
-    for name in arguments.shapes:
-        cases = [Case(name, tokens) for tokens in arguments.tokens]
-        bench = Bench(name, max(arguments.tokens), arguments.engine)
-        jobs = [(case, case.default()) for case in cases]
-        if arguments.tune:
-            jobs += [(case, tile) for case in cases for tile in case.candidates() if (case, tile) not in jobs]
-        bench.prepare(*jobs[0])  # alone: the first also imports what all of them share
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            futures = [pool.submit(bench.prepare, *job) for job in jobs]
-        print(f"# {name}: {len(jobs)} programs ready at {time.perf_counter() - started:.0f} s", flush=True)
-
-        found: dict[Case, list[tuple[float, Tile, float]]] = {}
-        for (case, tile), future in zip(jobs, futures, strict=True):
-            if future.exception():  # a tile that does not fit the chip is a result too
-                print(f"{case.id} {tuple(tile)}: {str(future.exception())[:200]}", flush=True)
-                continue
-            compiled, error = future.result()
-            us = bench.time_us(case, compiled)
-            _print_row(case, " ".join(map(str, tile)), us, error)
-            if error < MOST_ERROR:
-                found.setdefault(case, []).append((us, tile, error))
-        for case, timed in found.items():
-            us, best[case], error = min(timed)
-            label = "triton" if arguments.engine == "ffi" else f"triton {arguments.engine}"
-            add(case, label, us, error, tile=list(best[case]))
-        for case in (case for case in cases if case.tokens in arguments.control):
-            compiled, error = bench.prepare(case, None)
-            us = bench.time_us(case, compiled)
-            _print_row(case, "reference", us, error)
-            add(case, "reference", us, error)
-        if time.perf_counter() - started > arguments.seconds:
-            print(f"# stopped after {name}: out of time", flush=True)
-            break
+    cases, bench = [Case(name, tokens) for tokens in arguments.tokens], Bench(name, max(arguments.tokens))
+    jobs = [(case, case.default()) for case in cases]
+    if arguments.tune:
+        jobs += [(case, tile) for case in cases for tile in case.candidates() if tile != case.default()]
+    for case, timed in try_tiles(bench, jobs, arguments.engine).items():
+        us, best[case], error = min(timed)
+        label = "triton" if arguments.engine == "ffi" else f"triton {arguments.engine}"
+        rows.append(_row(case, label, us, error, tile=fields(best[case])))
+    for case in (case for case in cases if case.tokens in arguments.control):
+        compiled, error = bench.prepare(case, None, arguments.engine)
+        us = bench.time_us(case, compiled)
+        _print_row(case, "reference", us, error)
+        rows.append(_row(case, "reference", us, error))
     return rows, best
 
 
+def compare_engines(name: str, best: dict[Case, Tile]) -> list[dict[str, Any]]:
+    """The best tiles of one weight by the other engine."""
+    jobs = [(case, tile) for case, tile in best.items() if case.name == name]
+    found = try_tiles(Bench(name, max(case.tokens for case, _ in jobs)), jobs, "xla") if jobs else {}
+    return [
+        _row(case, "triton xla", us, error, tile=fields(tile)) for case, [(us, tile, error)] in found.items()
+    ]
+
+
+def fields(tile: Tile) -> dict[str, int]:
+    """The fields of a tile that are not as by default."""
+    return {name: value for name, value in tile._asdict().items() if value != Tile._field_defaults.get(name)}
+
+
+def _shown(tile: Tile) -> str:
+    return " ".join(f"{name.removeprefix('num_')}={value}" for name, value in fields(tile).items())
+
+
 def write_tiles(best: dict[Case, Tile], path: Path) -> None:
-    """The module `tuned.py`, with these tiles in place of its own."""
-    table = {arch: {op: dict(shapes) for op, shapes in ops.items()} for arch, ops in tuned.TUNED.items()}
+    """The table of tiles with these in it, one line each."""
+    table = {
+        arch: {op: {shape: dict(tiles) for shape, tiles in shapes.items()} for op, shapes in ops.items()}
+        for arch, ops in tuned().items()
+    }
     for case, tile in best.items():
+        rows, columns, _ = SHAPES[case.name]
         shapes = table.setdefault(current_target().arch, {}).setdefault(case.operand, {})
-        shape = SHAPES[case.name][:2]
-        shapes[shape] = {**shapes.get(shape, {}), case.tokens: tuple(tile)}
-    declaration = inspect.getsource(tuned).split(" = ")[0]
+        shapes.setdefault(f"{rows}x{columns}", {})[case.tokens] = tile
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"{declaration} = {pprint.pformat(table, width=80)}\n")
+    path.write_text(_as_json(table) + "\n")
     print(f"# tiles of {len(best)} cases in {path}")
+
+
+def _as_json(value: Any, indent: str = "") -> str:
+    if isinstance(value, Tile):
+        return json.dumps(fields(value))
+    inner = indent + "  "
+    lines = [f'{inner}"{key}": {_as_json(value[key], inner)}' for key in sorted(value)]
+    return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
 
 
 # --- without a GPU
@@ -290,7 +446,7 @@ def _needs(job: tuple[Case, Tile, str]) -> str:
             lines.append(f"{type(error).__name__} {str(error)[-200:]}")
             continue
         lines.append(f"shared {binary.shared_bytes:6} {_resources(binary.code)}")
-    return f"{case.id:46} {' '.join(str(value) for value in tile):24} {'; '.join(lines)}"
+    return f"{case.id:46} {_shown(tile):58} {'; '.join(lines)}"
 
 
 def _resources(cubin: bytes) -> str:
@@ -323,9 +479,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shapes", nargs="*", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--model", choices=list(MODELS), default="flash", help="whose weights")
+    parser.add_argument("--shapes", nargs="*", choices=list(SHAPES), help="instead of those of --model")
     parser.add_argument("--tokens", type=int, nargs="*", default=[1, 8, 32, 128, 512, 2048, 8192])
     parser.add_argument("--engine", choices=["ffi", "xla"], default="ffi")
+    parser.add_argument("--both-engines", choices=list(SHAPES), help="at last, its best tiles by engine xla")
     parser.add_argument("--tune", action="store_true", help="try all candidate tiles and keep the best")
     parser.add_argument("--tiles-out", type=Path, help="where --tune writes the table of tiles")
     parser.add_argument("--control", type=int, nargs="*", default=[128], help="also time the reference for")
@@ -334,6 +492,7 @@ def main() -> int:
     parser.add_argument("--dry", action="store_true", help="only compile, without a GPU")
     parser.add_argument("--arch", default="sm_90", help="what --dry compiles for")
     arguments = parser.parse_args()
+    arguments.shapes = arguments.shapes or MODELS[arguments.model]
     started = time.perf_counter()
     if arguments.dry:
         dry(arguments)
@@ -341,12 +500,26 @@ def main() -> int:
     # Calls that do not depend on each other must not run side by side, as they never do in a model.
     flags = "--xla_gpu_command_buffer_scheduling_mode=SERIALIZE"
     os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}"
-    rows, best = measure(arguments, started)
-    if arguments.tune and arguments.tiles_out:
-        write_tiles(best, arguments.tiles_out)
-    if arguments.results and rows:
-        save(rows, arguments.results)
-    print(f"# done in {time.perf_counter() - started:.0f} s")
+
+    best: dict[Case, Tile] = {}
+
+    def keep(rows: list[dict[str, Any]]) -> None:
+        """Saves as it goes: whoever stops the run has what was measured."""
+        if arguments.tune and arguments.tiles_out:
+            write_tiles(best, arguments.tiles_out)
+        if arguments.results and rows:
+            save(rows, arguments.results)
+        print(f"# {time.perf_counter() - started:.0f} s", flush=True)
+
+    for name in arguments.shapes:
+        if time.perf_counter() - started > arguments.seconds:
+            print(f"# out of time before {name}", flush=True)
+            break
+        rows, found = measure(name, arguments)
+        best |= found
+        keep(rows)
+    if arguments.both_engines:
+        keep(compare_engines(arguments.both_engines, best))
     return 0
 
 

@@ -26,11 +26,17 @@ def median_us(run: Callable[[], Any], repeats: int = 5, inner: int = 1) -> float
 
 
 def facts() -> dict[str, str]:
-    """Device, driver, jax and commit; the commit may come from $DSV4_COMMIT where there is no git."""
+    """Device, driver, jax, commit and date; the commit may come from $DSV4_COMMIT where there is no git."""
     device = jax.devices()[0]
     driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0]
     commit = os.environ.get("DSV4_COMMIT") or _output("git", "rev-parse", "--short", "HEAD")
-    return {"device": device.device_kind, "driver": driver, "jax": jax.__version__, "commit": commit}
+    return {
+        "device": device.device_kind,
+        "driver": driver,
+        "jax": jax.__version__,
+        "commit": commit,
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
 
 
 def _output(*command: str) -> str:

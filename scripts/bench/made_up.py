@@ -6,10 +6,11 @@ import zlib
 import jax
 import jax.numpy as jnp
 
+from dsv4_jax.checkpoint.load import prepare_layer
 from dsv4_jax.checkpoint.names import Parameter, nest, parameters
 from dsv4_jax.config import Config
 from dsv4_jax.model import Params
-from pallas_kernels import QuantArray, current_target, prepare_experts
+from pallas_kernels import QuantArray
 from pallas_kernels.formats import E8M0_BIAS
 
 
@@ -21,10 +22,9 @@ def made_up_params(config: Config, seed: int = 0) -> Params:
     key = jax.random.key(seed, impl="rbg")  # threefry would take minutes for a hundred gigabytes
     leaves = {}
     for parameter in parameters(config, mtp=False):
-        value = _numbers(parameter, config, key)
-        if parameter.stacked and isinstance(value, QuantArray):
-            value = prepare_experts(value, current_target())
-        leaves[parameter.path] = value
+        leaves[parameter.path] = _numbers(parameter, config, key)
+        if parameter.stacked and parameter.path[-1] == "w3":
+            prepare_layer(leaves, parameter.path[:-1])
     return nest(leaves)
 
 

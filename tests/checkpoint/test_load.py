@@ -21,7 +21,7 @@ from dsv4_jax.config import TINY, Config
 from dsv4_jax.errors import CheckpointError, ConfigError, MemoryPlanError, NumericError
 from dsv4_jax.sharding import make_mesh
 from dsv4_jax.weight_files import WeightFiles
-from pallas_kernels import QuantArray, dequantize
+from pallas_kernels import QuantArray, Target, dequantize
 
 GOLDEN = Path(__file__).parent.parent / "data"
 
@@ -174,6 +174,22 @@ def test_numbers_stay_in_the_formats_they_are_stored_in(made_up):
     assert layer["ffn"]["gate"]["tid2eid"].dtype == jnp.int32
     assert layer["attn_norm"]["weight"].dtype == jnp.bfloat16
     assert layer["attn"]["attn_sink"].dtype == jnp.float32
+
+
+@pytest.mark.parametrize("mesh", [None, {"ep": 2, "tp": 2}], ids=["one device", "a mesh"])
+def test_linears_are_the_same_numbers_in_the_fp8_of_the_device(made_up, monkeypatch, mesh):
+    mesh = mesh and make_mesh(**mesh)
+    attn = load(made_up, mesh=mesh).params["layers"][1]["attn"]
+
+    monkeypatch.setattr(load_module, "current_target", lambda: Target("rocm", "gfx942"))
+    converted = load(made_up, mesh=mesh).params["layers"][1]["attn"]
+
+    for name in ("wq_a", "wq_b", "wkv", "wo_a", "wo_b"):
+        here, there = attn[name]["weight"], converted[name]["weight"]
+        assert there.values.dtype == jnp.float8_e4m3fnuz
+        assert there.values.sharding == here.values.sharding
+        assert there.scale.sharding == here.scale.sharding
+        np.testing.assert_array_equal(dequantize(there), dequantize(here))
 
 
 def test_every_byte_of_an_e8m0_scale_is_an_exponent_and_never_a_number(changed, tensors):
@@ -460,6 +476,16 @@ def test_numbers_that_are_not_finite_are_found_when_values_are_verified(changed,
     with pytest.raises(NumericError, match=f"{name} holds values that are not finite numbers") as caught:
         load(folder, mtp=True, verify="values")
     assert caught.value.exit_code == 70
+
+
+@pytest.mark.parametrize("code", [0x7FC00000, 0x7F800000], ids=["NaN", "infinity"])
+def test_float32_scales_that_are_not_finite_are_found_when_values_are_verified(tmp_path, code):
+    write_checkpoint(tmp_path / "base", TINY, scale_dtype="F32")
+    tensors, name = read_all(tmp_path / "base"), "layers.0.ffn.experts.7.w3.scale"
+    folder = write(tmp_path / "spoilt", TINY, tensors | {name: with_one(tensors[name], code)})
+
+    with pytest.raises(NumericError, match=f"{name} holds values that are not finite numbers"):
+        load(folder, verify="values")
 
 
 def test_the_largest_numbers_of_every_format_pass_as_finite(changed, tensors):

@@ -1,0 +1,482 @@
+"""Products of many tokens with FP8 weights on Hopper: one warpgroup loads, two multiply.
+
+The tensor core's sum over 128 columns has to leave it, be scaled, and be added in float32 ("promotion"). One
+program cannot do that and keep the tensor core busy. So a multiprocessor holds three warpgroups for its whole
+life: one brings tiles of both operands into a ring of stages, and two multiply them, each for its half of the
+tokens; while one promotes, the tensor core has the other's product to work on.
+
+A tile's place in the result, and so the order of tiles, is a number that all warpgroups count by themselves.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import utils as mgpu_utils
+from jax.experimental.mosaic.gpu.fragmented_array import WGMMA_LAYOUT, WGMMA_LAYOUT_ACC_32BIT
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, vector
+
+from pallas_kernels.block_matmul.tiles import BLOCK
+from pallas_kernels.formats import QuantArray
+from pallas_kernels.target import Target
+
+CONSUMERS = 2  # warpgroups that multiply
+HEIGHT = 64  # tokens of one tensor core product
+OUT_COLUMNS = 64  # of bfloat16: as wide as the swizzle, 128 bytes
+FEWEST_TOKENS = 256  # below, reading the weights is most of the work, and Triton's kernels do that as well
+SHARED_BYTES = 232448 - 1024  # what a program may have on Hopper, less room for barriers
+MULTIPROCESSORS = 132
+# Registers of a thread once all know their part: 128 threads that load, 256 that multiply, 168 each at first.
+LOADING_REGISTERS, MULTIPLYING_REGISTERS = 40, 232
+
+SWIZZLED = (plgpu.SwizzleTransform(128),)
+FP8_TILED = (plgpu.TilingTransform((8, 128)), plgpu.SwizzleTransform(128))
+ROW = plgpu.Layout.WGMMA.reduce(1)  # one number a token, where a product has that token
+
+
+class Config(NamedTuple):
+    """How a product is cut into tiles, and how a program works through one.
+
+    Attributes:
+      tokens: rows of x in a tile: 128 or 256.
+      rows: rows of the weight in a tile: 64, 128, 192 or 256.
+      stages: blocks of 128 columns that are under way or in use.
+      slots: pieces of 64 x 64 of the result that a consumer can have on their way out.
+      share: what the two programs of a cluster load together, or "" for programs on their own.
+      band: tiles of tokens that go before the next ones, so that the L2 cache holds what they share.
+      product: "ptx", our own instructions, or "wgmma", Mosaic's: those start at sums of zero, which must be
+        written first, and take numbers of tokens that are multiples of 8 only.
+    """
+
+    tokens: int = 128
+    rows: int = 128
+    stages: int = 5
+    slots: int = 2
+    share: Literal["", "x", "w"] = ""
+    band: int = 8
+    product: Literal["ptx", "wgmma"] = "ptx"
+
+    @property
+    def shared_bytes(self) -> int:
+        loaded = (self.tokens + self.rows) * BLOCK * self.stages
+        return loaded + CONSUMERS * self.slots * HEIGHT * OUT_COLUMNS * 2
+
+    @property
+    def width(self) -> int:
+        """Columns of one tensor core product: no more, or its sums and the running ones need too many registers."""
+        return self.rows if self.rows <= 192 else 128
+
+
+class Shape(NamedTuple):
+    """tokens x rows of the result, and the columns that it sums over."""
+
+    tokens: int
+    rows: int
+    columns: int
+
+
+def fits(target: Target, x: Any, weight: Any, out_dtype: Any) -> bool:
+    """Whether `block_matmul` takes these and is the one to take them: FP8 by FP8, many tokens, on Hopper."""
+    if target.vendor != "cuda" or target.arch != "sm_90":
+        return False
+    if not isinstance(x, QuantArray) or not isinstance(weight, QuantArray):
+        return False
+    right_formats = x.format == "fp8_token128" and weight.format == "fp8_block128" and weight.ndim == 2
+    right_size = weight.shape[-1] % BLOCK == 0 and weight.shape[0] % 8 == 0 and weight.shape[0] >= OUT_COLUMNS
+    many = weight.shape[-1] > 0 and math.prod(x.shape[:-1]) >= FEWEST_TOKENS
+    return right_formats and right_size and many and jnp.dtype(out_dtype) == jnp.bfloat16
+
+
+def config_for(shape: Shape) -> Config:
+    """The tiles that are done soonest, when a round of programs takes as long as its tile is large."""
+
+    def cost(config: Config) -> float:
+        tiles = -(-shape.tokens // config.tokens) * -(-shape.rows // config.rows)
+        rounds = -(-tiles // MULTIPROCESSORS)
+        # Small tiles read each operand more often and are bound by that.
+        traffic = (config.tokens + config.rows) / (config.tokens * config.rows)
+        return rounds * config.tokens * config.rows * (0.8 + 16 * traffic)
+
+    possible = [each for each in CONFIGS if each.tokens <= shape.tokens and each.rows <= max(shape.rows, 64)]
+    return min(possible, key=cost)
+
+
+# What `config_for` chooses from: each as deep as shared memory allows.
+CONFIGS = (
+    Config(256, 128, stages=4),
+    Config(128, 192, stages=4, slots=3),
+    Config(128, 128, stages=6),
+    Config(128, 64, stages=8),
+)
+
+
+# --- what a tile is
+
+
+class Plan(NamedTuple):
+    """The tiles of a product, dealt out to clusters of programs."""
+
+    shape: Shape
+    config: Config
+
+    @property
+    def down(self) -> int:
+        """Clusters' tiles, along the tokens."""
+        return -(-self.shape.tokens // (self.config.tokens * (2 if self.config.share == "w" else 1)))
+
+    @property
+    def across(self) -> int:
+        """Clusters' tiles, along the rows of the weight."""
+        return -(-self.shape.rows // (self.config.rows * (2 if self.config.share == "x" else 1)))
+
+    @property
+    def steps(self) -> int:
+        return self.shape.columns // BLOCK
+
+    @property
+    def cluster(self) -> int:
+        return 2 if self.config.share else 1
+
+    @property
+    def clusters(self) -> int:
+        """As many as run at once, or fewer if there is not a tile for each."""
+        return min(MULTIPROCESSORS // self.cluster, self.down * self.across)
+
+    def start(self, tile: jax.Array, member: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """First token and first row of a cluster's tile, for one program of the cluster."""
+        share, band = self.config.share, self.config.band
+        first = lax.div(tile, band * self.across) * band
+        place = lax.rem(tile, band * self.across)
+        high = jnp.minimum(self.down - first, band)
+        down, across = first + lax.rem(place, high), lax.div(place, high)
+        if share == "w":
+            down = 2 * down + member
+        if share == "x":
+            across = 2 * across + member
+        # A last tile that would reach past the tokens starts earlier: some are computed twice, to the same
+        # bits, and none is read that does not exist.
+        token = jnp.minimum(down * self.config.tokens, self.shape.tokens - self.config.tokens)
+        if self.config.product == "wgmma":
+            token = pl.multiple_of(token, 8)
+        return token, across * self.config.rows
+
+
+# --- the tensor core
+
+
+def _ptx_product(
+    x_ref: Any, w_ref: Any, slot: jax.Array, token: jax.Array, row: int, spent: jax.Array
+) -> jax.Array:
+    """[64, width] sums over the 128 columns of a stage, complete on return, in the registers of `spent`.
+
+    Mosaic's own `wgmma` adds to an accumulator, which has to be filled with zeros for every product. Here the
+    first of the four instructions ignores what the registers hold. Their addresses, made from the number of
+    the stage, stay out of reach of LLVM, which would keep each of them in registers all along. `spent` are
+    sums that have been promoted: without it the assembler starts a product before it has promoted the last
+    one, and has too few registers for both.
+    """
+    width = spent.shape[1]
+
+    @plgpu.inline_mgpu(
+        arg_types=(
+            plgpu.RefType(SWIZZLED),
+            plgpu.RefType(SWIZZLED),
+            *(plgpu.Layout.WG_SPLAT,) * 2,
+            plgpu.Layout.WGMMA,
+        ),
+        return_type=plgpu.ShapeDtypeStruct((HEIGHT, width), jnp.float32, layout=plgpu.Layout.WGMMA),
+    )
+    def emit(
+        _, x: ir.Value, w: ir.Value, slot: Any, token: Any, spent: mgpu.FragmentedArray
+    ) -> mgpu.FragmentedArray:
+        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+
+        def address(ref: ir.Value, row: ir.Value) -> ir.Value:
+            height = ir.MemRefType(ref.type).shape[1]
+            start = llvm.ptrtoint(i32, mgpu_utils.memref_ptr(ref))
+            at = arith.addi(arith.muli(slot.registers.item(), mgpu_utils.c(height, i32)), row)
+            return arith.addi(start, arith.muli(at, mgpu_utils.c(BLOCK, i32)))
+
+        spent = spent.to_layout(WGMMA_LAYOUT_ACC_32BIT)
+        registers = [vector.extract(each, [], [0]) for each in spent.registers.flat]
+        results = llvm.inline_asm(
+            llvm.StructType.get_literal([f32] * len(registers)),
+            [*registers, address(x, token.registers.item()), address(w, mgpu_utils.c(row, i32))],
+            _wgmma_ptx(width),
+            ",".join(["=f"] * len(registers) + [str(n) for n in range(len(registers))] + ["r", "r"]),
+            has_side_effects=True,
+        )
+        values = [llvm.extractvalue(f32, results, [n]) for n in range(len(registers))]
+        vectors = [vector.broadcast(ir.VectorType.get((1,), f32), value) for value in values]
+        return mgpu.FragmentedArray(
+            _registers=np.array(vectors, dtype=object).reshape(spent.registers.shape),
+            _layout=WGMMA_LAYOUT_ACC_32BIT,
+            _is_signed=None,
+        ).to_layout(WGMMA_LAYOUT)
+
+    return emit(x_ref, w_ref, slot, token, spent)
+
+
+def _wgmma_ptx(width: int) -> str:
+    """The product of 128 columns, given the addresses of both operands' rows behind the sums, in and out."""
+    registers = width // 2
+    sums = ", ".join(f"${n}" for n in range(registers))
+    # Upper half of a descriptor: 128-byte swizzle; 1024 bytes, in units of 16, from eight rows to the next.
+    upper = (1 << 30) | (1024 >> 4)
+    lines = [".reg .pred add;", ".reg .b32 low;", ".reg .b64 x, w;", "wgmma.fence.sync.aligned;"]
+    for name, place in (("x", 2 * registers), ("w", 2 * registers + 1)):
+        lines += [f"bfe.u32 low, ${place}, 4, 14;", f"mov.b64 {name}, {{low, {upper}}};"]
+    for step in range(BLOCK // 32):
+        if step:
+            lines += ["add.s64 x, x, 2;", "add.s64 w, w, 2;"]  # 32 bytes further
+        # No shared memory lies that high, so the first does not add. The assembler must not know: it would
+        # see that the old sums do not matter and choose other registers.
+        lines.append("setp.ne.b32 add, 1, 0;" if step else f"setp.gt.u32 add, ${2 * registers}, 0xffffff;")
+        instruction = f"wgmma.mma_async.sync.aligned.m64n{width}k32.f32.e4m3.e4m3"
+        lines.append(f"{instruction} {{{sums}}}, x, w, add, 1, 1;")
+    lines += ["wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligned 0;"]
+    return "{ " + "\n".join(lines) + " }"
+
+
+def _wgmma_product(
+    x_ref: Any, w_ref: Any, slot: jax.Array, token: jax.Array, row: int, spent: jax.Array
+) -> jax.Array:
+    """The same, by Mosaic's instructions."""
+    width = spent.shape[1]
+
+    def product(sums: Any) -> jax.Array:
+        x = x_ref.at[slot, pl.ds(token, HEIGHT)]
+        plgpu.wgmma(sums, x, w_ref.at[slot, pl.ds(row, width)].transpose((1, 0)))
+        return sums[...]
+
+    return pl.run_scoped(product, plgpu.ACC((HEIGHT, width), jnp.float32))
+
+
+# --- scales
+
+
+def _number(scale: jax.Array) -> jax.Array:
+    """Scales as float32. An E8M0 byte is its exponent: 0 becomes zero, 255 (not a number) infinity."""
+    if scale.dtype == jnp.uint8:
+        scale = lax.bitcast_convert_type(scale.astype(jnp.int32) << 23, jnp.float32)
+    return scale
+
+
+class Scales(NamedTuple):
+    """What was stored for one block of columns: a vector for each 64 tokens, a scalar for each chunk of rows."""
+
+    x: tuple[jax.Array, ...]
+    w: tuple[jax.Array, ...]
+
+    def products(self) -> list[list[jax.Array]]:
+        """x times w in float32, for each 64 tokens and each chunk."""
+
+        def both(x: jax.Array, w: jax.Array) -> jax.Array:
+            return _number(x) * _number(plgpu.layout_cast(jnp.full((HEIGHT,), w, w.dtype), ROW))
+
+        return [[both(x, w) for w in self.w] for x in self.x]
+
+
+# --- the kernel
+
+
+def _kernel(plan: Plan, x: Any, x_scale: Any, w: Any, w_scale: Any, out: Any, *scratch: Any) -> None:
+    x_tiles, w_tiles, out_pieces, full, free = scratch
+    config, (_, rows, _), steps = plan.config, plan.shape, plan.steps
+    group, program = lax.axis_index("warpgroup"), lax.axis_index("program")
+    member = lax.axis_index("member") if plan.cluster > 1 else jnp.int32(0)
+    tiles = plan.down * plan.across
+    mine = lax.div(tiles - program + plan.clusters - 1, jnp.int32(plan.clusters))  # tiles of this cluster
+
+    def start(number: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """First token and row of the program's tile of this number."""
+        return plan.start(program + number * plan.clusters, member)
+
+    def producer() -> None:
+        plgpu.set_max_registers(LOADING_REGISTERS, action="decrease")
+
+        @pl.loop(0, mine)
+        def _(number: jax.Array) -> None:
+            token, row = start(number)
+
+            @pl.loop(0, steps)
+            def _(step: jax.Array) -> None:
+                count = number * steps + step
+                slot = lax.rem(count, jnp.int32(config.stages))
+
+                @pl.when(count >= config.stages)
+                def _() -> None:
+                    plgpu.barrier_wait(free.at[slot])
+
+                columns = pl.ds(step * BLOCK, BLOCK)
+                for name, source, tile, at in (("x", x, x_tiles, token), ("w", w, w_tiles, row)):
+                    plgpu.copy_gmem_to_smem(
+                        source.at[pl.ds(at, tile.shape[1]), columns],
+                        tile.at[slot],
+                        full.at[slot],
+                        collective_axes="member" if config.share == name else None,
+                    )
+
+        # The other program of a cluster may still report here: leave when all has been reported.
+        count = mine * steps
+
+        @pl.loop(jnp.maximum(count - config.stages, 0), count)
+        def _(count: jax.Array) -> None:
+            plgpu.barrier_wait(free.at[lax.rem(count, jnp.int32(config.stages))])
+
+    def consumer() -> None:
+        plgpu.set_max_registers(MULTIPLYING_REGISTERS, action="increase")
+        product = _ptx_product if config.product == "ptx" else _wgmma_product
+        half = config.tokens // CONSUMERS
+        waves, width = half // HEIGHT, config.width
+        chunk = math.gcd(config.rows, BLOCK)  # rows of a tile that share their scales, wherever it starts
+        pieces = [(wave, row) for wave in range(waves) for row in range(0, config.rows, width)]
+
+        def load_scales(number: jax.Array, step: jax.Array) -> Scales:
+            token, row = start(number)
+            first = token + group * half
+            at = [
+                jnp.minimum(lax.div(row + n, BLOCK), -(-rows // BLOCK) - 1)
+                for n in range(0, config.rows, chunk)
+            ]
+            return Scales(
+                tuple(
+                    plgpu.load(x_scale.at[pl.ds(first + n, HEIGHT), step], layout=ROW, optimized=False)
+                    for n in range(0, half, HEIGHT)
+                ),
+                tuple(w_scale[n, step] for n in at),
+            )
+
+        def multiply(number: jax.Array, scales: Scales) -> list[list[jax.Array]]:
+            """Sums of one tile by wave and chunk; `scales` are of its first step."""
+
+            def one_step(step: jax.Array, carry: Any) -> Any:
+                sums, scales, part = carry
+                count = number * steps + step
+                slot = lax.rem(count, jnp.int32(config.stages))
+                factors = scales.products()
+                # A step ahead: the way to memory takes as long as a step.
+                scales = load_scales(number, jnp.minimum(step + 1, steps - 1))
+                plgpu.barrier_wait(full.at[slot])
+                sums = [list(each) for each in sums]
+                for wave, row in pieces:
+                    part = product(x_tiles, w_tiles, slot, group * half + wave * HEIGHT, row, part)
+                    if (wave, row) == pieces[-1]:
+                        plgpu.barrier_arrive(free.at[slot])
+                    for n in range(0, width, chunk):
+                        place = (row + n) // chunk
+                        factor = lax.broadcast_in_dim(factors[wave][place], (HEIGHT, chunk), [0])
+                        sums[wave][place] += part[:, n : n + chunk] * factor
+                return sums, scales, part
+
+            def zeros(columns: int) -> jax.Array:
+                return plgpu.layout_cast(jnp.zeros((HEIGHT, columns), jnp.float32), plgpu.Layout.WGMMA)
+
+            sums = [[zeros(chunk) for _ in range(config.rows // chunk)] for _ in range(waves)]
+            return lax.fori_loop(0, steps, one_step, (sums, scales, zeros(width)))[0]
+
+        def write(number: jax.Array, sums: list[list[jax.Array]]) -> None:
+            """The tile to memory, piece by piece; the stores of the last pieces are left under way."""
+            token, row = start(number)
+            places = [(wave, n) for wave in range(waves) for n in range(0, config.rows, OUT_COLUMNS)]
+            together = max(1, config.slots // 2)
+            for first in range(0, len(places), together):
+                # The pieces just before these may still be on their way out, if theirs are other slots.
+                known = first > 0 or len(places) % config.slots == 0
+                plgpu.wait_smem_to_gmem(config.slots - together if known else 0, wait_read_only=True)
+                group_places = list(enumerate(places[first : first + together], first))
+                for place, (wave, n) in group_places:
+                    values = sums[wave][n // chunk][:, n % chunk : n % chunk + OUT_COLUMNS]
+                    out_pieces.at[group, place % config.slots][...] = values.astype(out.dtype)
+                plgpu.commit_smem()
+                for place, (wave, n) in group_places:
+                    tokens = pl.ds(token + group * half + wave * HEIGHT, HEIGHT)
+                    piece = out_pieces.at[group, place % config.slots]
+                    plgpu.copy_smem_to_gmem(piece, out.at[tokens, pl.ds(row + n, OUT_COLUMNS)])
+
+        def one_tile(number: jax.Array, scales: Scales) -> Scales:
+            sums = multiply(number, scales)
+            coming = load_scales(jnp.minimum(number + 1, mine - 1), jnp.int32(0))
+            write(number, sums)
+            return coming
+
+        lax.fori_loop(0, mine, one_tile, load_scales(jnp.int32(0), jnp.int32(0)))
+        plgpu.wait_smem_to_gmem(0)
+
+    lax.cond(group == CONSUMERS, producer, consumer)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "interpret"))
+def _launch(
+    x: jax.Array,
+    x_scale: jax.Array,
+    w: jax.Array,
+    w_scale: jax.Array,
+    *,
+    config: Config,
+    interpret: Any = None,
+) -> jax.Array:
+    """[tokens, rows] in bfloat16. A jit of its own, so that calls of one shape share one lowering."""
+    plan = Plan(Shape(x.shape[0], *w.shape), config)
+    fp8 = SWIZZLED if config.product == "ptx" else FP8_TILED
+    barrier: Callable[..., Any] = plgpu.Barrier
+    if plan.cluster > 1:
+        barrier = functools.partial(plgpu.ClusterBarrier, collective_axes=("member",))
+    return plgpu.kernel(
+        functools.partial(_kernel, plan),
+        out_type=jax.ShapeDtypeStruct((x.shape[0], w.shape[0]), jnp.bfloat16),
+        scratch_types=(
+            plgpu.SMEM((config.stages, config.tokens, BLOCK), x.dtype, transforms=fp8),
+            plgpu.SMEM((config.stages, config.rows, BLOCK), w.dtype, transforms=fp8),
+            plgpu.SMEM((CONSUMERS, config.slots, HEIGHT, OUT_COLUMNS), jnp.bfloat16, transforms=SWIZZLED),
+            plgpu.Barrier(num_arrivals=2, num_barriers=config.stages),
+            barrier(num_arrivals=CONSUMERS, num_barriers=config.stages),
+        ),
+        grid=(plan.clusters,),
+        grid_names=("program",),
+        cluster=(plan.cluster,) if plan.cluster > 1 else (),
+        cluster_names=("member",) if plan.cluster > 1 else (),
+        num_threads=CONSUMERS + 1,
+        thread_name="warpgroup",
+        interpret=interpret,
+        kernel_name=f"block_matmul_{config.tokens}x{config.rows}",
+    )(x, x_scale, w, w_scale)
+
+
+def block_matmul(
+    x: QuantArray, weight: QuantArray, out_dtype: Any, *, config: Config | None = None, interpret: Any = None
+) -> jax.Array:
+    """x @ weight.T, see `pallas_kernels.block_matmul`; `fits` says which arguments it is for.
+
+    Raises:
+      ValueError: the config does not fit the shape, or needs more shared memory than there is.
+    """
+    *outer, columns = x.shape
+    shape = Shape(math.prod(outer), weight.shape[0], columns)
+    config = config or config_for(shape)
+    if shape.tokens < config.tokens or (config.product == "wgmma" and shape.tokens % 8):
+        raise ValueError(f"{config} does not take {shape.tokens} tokens")
+    if config.shared_bytes > SHARED_BYTES:
+        raise ValueError(
+            f"{config} needs {config.shared_bytes} bytes of shared memory, there are {SHARED_BYTES}"
+        )
+    if jnp.dtype(out_dtype) != jnp.bfloat16:
+        raise ValueError(f"the kernel writes bfloat16, not {jnp.dtype(out_dtype)}")
+    out = _launch(
+        x.values.reshape(-1, columns),
+        x.scale.reshape(-1, columns // BLOCK),
+        weight.values,
+        weight.scale,
+        config=config,
+        interpret=interpret,
+    )
+    return out.reshape(*outer, weight.shape[0])
