@@ -5,16 +5,16 @@ is faster, kernels that are held against it.
 """
 
 from pallas_kernels.activation_quant import activation_quant
-from pallas_kernels.block_matmul import block_diagonal_matmul, block_matmul
+from pallas_kernels.block_matmul import block_diagonal_matmul, block_matmul, join_rows
 from pallas_kernels.compressor import compress
 from pallas_kernels.expert_mlp import ExpertTiles, expert_mlp, prepare_experts
 from pallas_kernels.formats import FORMATS, QuantArray, dequantize, fake_quantize, quantize
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.hyper_connection import hc_head, hc_post, hc_pre
 from pallas_kernels.indexer import hadamard, index_scores, index_select
-from pallas_kernels.routing import choose_experts, gate_scores, routing_weights, sort_by_expert
+from pallas_kernels.routing import route_by_id, route_by_score
 from pallas_kernels.sparse_attention import sparse_attention
-from pallas_kernels.swiglu import swiglu
+from pallas_kernels.swiglu import swiglu, swiglu_quant
 from pallas_kernels.target import Target, current_target
 
 __all__ = [
@@ -25,13 +25,11 @@ __all__ = [
     "activation_quant",
     "block_diagonal_matmul",
     "block_matmul",
-    "choose_experts",
     "compress",
     "current_target",
     "dequantize",
     "expert_mlp",
     "fake_quantize",
-    "gate_scores",
     "grouped_matmul",
     "hadamard",
     "hc_head",
@@ -39,10 +37,12 @@ __all__ = [
     "hc_pre",
     "index_scores",
     "index_select",
+    "join_rows",
     "prepare_experts",
     "quantize",
-    "routing_weights",
-    "sort_by_expert",
+    "route_by_id",
+    "route_by_score",
     "sparse_attention",
     "swiglu",
+    "swiglu_quant",
 ]

@@ -16,13 +16,14 @@ from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
+from dsv4_jax.checkpoint.layouts import lay_out
 from dsv4_jax.checkpoint.names import Parameter, is_shared_copy, nest, parameters
 from dsv4_jax.config import Config
 from dsv4_jax.errors import CheckpointError, NumericError
 from dsv4_jax.model import Params
 from dsv4_jax.sharding import check_mesh, parameter_sharding
 from dsv4_jax.weight_files import TensorInfo, WeightFiles
-from pallas_kernels import QuantArray, current_target, prepare_experts
+from pallas_kernels import QuantArray, current_target
 from pallas_kernels.fnuz import for_target
 
 READ_THREADS = 8
@@ -93,19 +94,11 @@ def load(
             for parameter in stored:
                 reader = _Reader(files, parameter, config, verify, pool, advance)
                 leaves[parameter.path] = reader.place(mesh)
-                if mesh is None and parameter.path[-1] == "w3" and parameter.stacked:
-                    prepare_layer(leaves, parameter.path[:-1])
+                if mesh is None:
+                    lay_out(leaves, parameter.path, current_target())
     params = nest(leaves)
     heads = params.pop("mtp", None)
     return LoadedModel(config, params, heads[0] if heads else None, mesh)
-
-
-def prepare_layer(leaves: dict[tuple[str | int, ...], Any], experts: tuple[str | int, ...]) -> None:
-    """Lays the three stacks below `experts` out for this device, in place: the last of them has arrived."""
-    paths = [(*experts, name) for name in ("w1", "w2", "w3")]
-    w1, w2, w3 = (leaves[path] for path in paths)
-    prepared = prepare_experts(w1, w2, w3, current_target())
-    leaves.update(zip(paths, prepared, strict=True))
 
 
 def check_draft(config: Config, files: WeightFiles, *, mtp: bool) -> None:

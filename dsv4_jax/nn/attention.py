@@ -10,7 +10,7 @@ from dsv4_jax.cache import LayerCache
 from dsv4_jax.config import Config
 from dsv4_jax.nn.compressor import Compressor
 from dsv4_jax.nn.indexer import Indexer, all_visible
-from dsv4_jax.nn.linear import BlockDiagonalLinear, Linear
+from dsv4_jax.nn.linear import BlockDiagonalLinear, Linear, products
 from dsv4_jax.nn.norm import RMSNorm, rms_normalize
 from dsv4_jax.nn.parameter import parameter
 from dsv4_jax.nn.rope import rope_angles, rope_frequencies, rotate
@@ -57,8 +57,12 @@ class Attention(nnx.Module):
         """Attends from `length` new tokens, which stand from `position` on, to all before and themselves."""
         positions = position[:, None] + jnp.arange(x.shape[1])
         angles = rope_angles(positions, rope_frequencies(self.config, self.ratio))
-        q_latent, q = self.queries(x, angles)
-        kv = self.key_values(x, angles)
+        q_latent, kv = products(x, self.wq_a, self.wkv)
+        if kv is None:
+            q_latent, kv = jnp.split(q_latent, [self.wq_a.rows], axis=-1)
+        q_latent = self.q_norm(q_latent)
+        q = self.queries(q_latent, angles)
+        kv = self.key_values(kv, angles)
 
         window_kv, window_index = self._window(kv, position, cache)
         cache = self.remember(x, kv, position, length, cache)
@@ -79,19 +83,19 @@ class Attention(nnx.Module):
         return self._project(rotate(out, angles[:, :, None], inverse=True)), cache
 
     def queries(
-        self, x: Float[Array, "B T M"], angles: Float32[Array, "B T pairs"]
-    ) -> tuple[Float[Array, "B T Q"], Float[Array, "B T H D"]]:
-        """The latent that the indexer reads too, and the queries of all heads."""
-        q_latent = self.q_norm(self.wq_a(x))
-        q = self.wq_b(q_latent).reshape(*x.shape[:2], self.config.num_attention_heads, self.config.head_dim)
+        self, q_latent: Float[Array, "B T Q"], angles: Float32[Array, "B T pairs"]
+    ) -> Float[Array, "B T H D"]:
+        """The queries of all heads."""
+        heads, head_dim = self.config.num_attention_heads, self.config.head_dim
+        q = self.wq_b(q_latent).reshape(*q_latent.shape[:2], heads, head_dim)
         q = constrain(q, "batch", "tokens", "heads", "head_dim")
-        return q_latent, rotate(rms_normalize(q, self.config.rms_norm_eps), angles[:, :, None])
+        return rotate(rms_normalize(q, self.config.rms_norm_eps), angles[:, :, None])
 
     def key_values(
-        self, x: Float[Array, "B T M"], angles: Float32[Array, "B T pairs"]
+        self, kv: Float[Array, "B T D"], angles: Float32[Array, "B T pairs"]
     ) -> Float[Array, "B T D"]:
-        """The key-value of each token as the window keeps it."""
-        kv = rotate(self.kv_norm(self.wkv(x)), angles)
+        """The key-value of each token, fresh from `wkv`, as the window keeps it."""
+        kv = rotate(self.kv_norm(kv), angles)
         return self.numerics.quantize_kv(kv, self.config.qk_rope_head_dim)
 
     def remember(

@@ -17,6 +17,7 @@ class Linear(nnx.Module):
         self, shape: tuple[int, int], axes: tuple[str | None, ...], config: Config, numerics: Numerics
     ):
         self.weight = quantized_parameter(shape, "fp8_block128", scale_dtype(config), *axes)
+        self.rows = shape[0]
         self.numerics = numerics
 
     def __call__(self, x: Float[Array, "*tokens in"]) -> Float[Array, "*tokens out"]:
@@ -24,6 +25,13 @@ class Linear(nnx.Module):
         # An unquantised weight was left so because its product is sensitive: its input stays too.
         operand = self.numerics.quantize_activation(x) if isinstance(weight, QuantArray) else x
         return block_matmul(operand, weight, out_dtype=self.numerics.dtype)
+
+
+def products(
+    x: Float[Array, "*tokens in"], first: Linear, second: Linear
+) -> tuple[Float[Array, "*tokens first"], Float[Array, "*tokens second"] | None]:
+    """Both linears of one input; side by side in the first place where their weights were joined at load."""
+    return first(x), None if second.weight.get_value() is None else second(x)
 
 
 class BlockDiagonalLinear(Linear):

@@ -5,17 +5,18 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32
 
 from dsv4_jax.config import Config
-from dsv4_jax.nn.linear import Linear
+from dsv4_jax.nn.linear import Linear, products
 from dsv4_jax.nn.parameter import parameter, quantized_parameter, scale_dtype
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.sharding import constrain
 from pallas_kernels import (
+    QuantArray,
     block_matmul,
-    choose_experts,
     expert_mlp,
-    gate_scores,
-    routing_weights,
+    route_by_id,
+    route_by_score,
     swiglu,
+    swiglu_quant,
 )
 
 EXPERT_FORMATS = {"fp4": "fp4_group32", "fp8": "fp8_block128"}
@@ -37,12 +38,11 @@ class Gate(nnx.Module):
         self, x: Float[Array, "N M"], ids: Int32[Array, " N"]
     ) -> tuple[Int32[Array, "N A"], Float32[Array, "N A"]]:
         """The experts of each token and their weights, which sum to `routed_scaling_factor`."""
-        scores = gate_scores(block_matmul(x, self.weight.get_value(), out_dtype=jnp.float32))
+        logits = block_matmul(x, self.weight.get_value(), out_dtype=jnp.float32)
+        scaling = self.config.routed_scaling_factor
         if self.hashed:
-            experts = self.tid2eid.get_value()[ids]
-        else:
-            experts = choose_experts(scores, self.bias.get_value(), self.config.num_experts_per_tok)
-        return experts, routing_weights(scores, experts, self.config.routed_scaling_factor)
+            return route_by_id(logits, ids, self.tid2eid.get_value(), scaling)
+        return route_by_score(logits, self.bias.get_value(), self.config.num_experts_per_tok, scaling)
 
 
 class Experts(nnx.Module):
@@ -83,7 +83,11 @@ class SharedExpert(nnx.Module):
 
     def __call__(self, x: Float[Array, "N M"]) -> Float[Array, "N M"]:
         limit, dtype = self.config.swiglu_limit, self.numerics.dtype
-        return self.w2(swiglu(self.w1(x), self.w3(x), limit=limit, out_dtype=dtype))
+        gate, up = products(x, self.w1, self.w3)
+        w2 = self.w2.weight.get_value()
+        if self.numerics.activation is None or not isinstance(w2, QuantArray):
+            return self.w2(swiglu(gate, up, limit=limit, out_dtype=dtype))
+        return block_matmul(swiglu_quant(gate, up, limit=limit), w2, out_dtype=dtype)
 
 
 class MoE(nnx.Module):

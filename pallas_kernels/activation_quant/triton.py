@@ -20,7 +20,7 @@ def quantized(numbers, FLOOR: tl.constexpr, MOST: tl.constexpr):
     bits = tl.div_rn(largest, tl.full(largest.shape, MOST, tl.float32)).to(tl.int32, bitcast=True)
     exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0).to(tl.int32)
     inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
-    scaled = tl.minimum(tl.maximum(numbers * inverse[:, None], -MOST), MOST)
+    scaled = tl.clamp(numbers * inverse[:, None], -MOST, MOST, propagate_nan=tl.PropagateNan.ALL)
     return scaled.to(tl.float8e4nv), exponent
 
 

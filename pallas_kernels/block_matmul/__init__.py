@@ -1,5 +1,6 @@
 """Products with a linear layer's weight: FP8 in 128x128 blocks, or unquantised."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -99,3 +100,17 @@ def block_diagonal_matmul(
             f"weight {weight.shape} does not split into {x.shape[-2]} slabs of {x.shape[-1]} columns"
         )
     return select(DIAGONAL, implementation, x, weight, out_dtype)
+
+
+def join_rows(
+    first: Float[Array, "N K"] | QuantArray, second: Float[Array, "O K"] | QuantArray, target: Target
+) -> tuple[Float[Array, "N+O K"] | QuantArray, Float[Array, "O K"] | QuantArray | None]:
+    """Two weights that multiply the same activations, as one; to be called once, at load.
+
+    Returns:
+      The rows of both and None; or the two as they are, where no kernel gains or their blocks do not meet.
+    """
+    blocks = all(isinstance(w, QuantArray) and w.format == "fp8_block128" for w in (first, second))
+    if target.vendor == "cpu" or not blocks or first.shape[0] % BLOCK or first.shape[1] != second.shape[1]:
+        return first, second
+    return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), first, second), None

@@ -92,7 +92,7 @@ def _by_rule(arch: str, operand: Operand, tokens: int, rows: int, columns: int, 
         wide = min(max(busy, 64), most)
         parts = max(1, 2 * PROGRAMS // -(-rows // wide))
         splits = math.gcd(blocks, 1 << min(parts.bit_length() - 1, 2)) if wide < 128 else 1
-        return Tile(64, wide, stack=1 if tokens <= 64 else 2, splits=splits)
+        return Tile(32 if tokens <= 32 else 64, wide, stack=1 if tokens <= 64 else 2, splits=splits)
     if operand == "bf16":
         return Tile(128, most, num_warps=8, num_stages=3)
     wide = min(128 if tokens * rows >= PROGRAMS * 128**2 else 64, most)

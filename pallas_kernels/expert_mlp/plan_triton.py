@@ -145,7 +145,8 @@ def plan(experts: jax.Array, n_routed_experts: int, tile_rows: int) -> Plan:
     out = [jax.ShapeDtypeStruct((size,), jnp.int32) for size in (rows, rows, tiles, tiles, tiles)]
     sizes = {"ROWS": rows, "TILE_ROWS": tile_rows, "TILES": tiles, "BINS": bins}
     if rows <= _FEW:
-        block = max(128, triton.next_power_of_2(rows))
+        # At least one pair for each thread of AMD's four warps: a histogram must count no pair twice.
+        block = max(256, triton.next_power_of_2(rows))
         filled = triton_call(
             _plan_few,
             pairs,

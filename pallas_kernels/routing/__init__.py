@@ -1,7 +1,7 @@
 """Routing of tokens to experts, by score or by token id."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float32, Int32
 
 from pallas_kernels.dispatch import Implementation, select
 from pallas_kernels.routing import reference
@@ -44,10 +44,6 @@ BY_ID = (
     Implementation("triton", _run_by_id, fits=_ids_fit),
     Implementation("reference", reference.route_by_id),
 )
-SCORES = (Implementation("reference", reference.gate_scores),)
-CHOICE = (Implementation("reference", reference.choose_experts),)
-WEIGHTS = (Implementation("reference", reference.routing_weights),)
-ORDER = (Implementation("reference", reference.sort_by_expert),)
 
 
 def route_by_score(
@@ -92,43 +88,3 @@ def route_by_id(
     if logits.shape[:1] != ids.shape:
         raise ValueError(f"logits {logits.shape} and ids {ids.shape} do not match")
     return select(BY_ID, implementation, logits, ids, table, scaling_factor)
-
-
-def gate_scores(logits: Float[Array, "N E"], *, implementation: str | None = None) -> Float32[Array, "N E"]:
-    """sqrt(softplus(logits)): the affinity of each token to each expert (`scoring_func` sqrtsoftplus)."""
-    return select(SCORES, implementation, logits)
-
-
-def choose_experts(
-    scores: Float32[Array, "N E"],
-    bias: Float32[Array, " E"],
-    top_k: int,
-    *,
-    implementation: str | None = None,
-) -> Int32[Array, "N A"]:
-    """The `top_k` experts with the highest score + bias, best first, ties to the smaller index.
-
-    Source: report, 2.1 (auxiliary-loss-free balancing); `Gate.forward` of the released inference/model.py.
-    """
-    return select(CHOICE, implementation, scores, bias, top_k)
-
-
-def routing_weights(
-    scores: Float32[Array, "N E"],
-    experts: Int32[Array, "N A"],
-    scaling_factor: float,
-    *,
-    implementation: str | None = None,
-) -> Float32[Array, "N A"]:
-    """Scores of the chosen experts, normalised to the sum `scaling_factor` (no epsilon, no bias)."""
-    return select(WEIGHTS, implementation, scores, experts, scaling_factor)
-
-
-def sort_by_expert(
-    experts: Int32[Array, "N A"], n_routed_experts: int, *, implementation: str | None = None
-) -> tuple[Int32[Array, "N*A"], Int32[Array, " E"]]:
-    """Order that sorts the N*A (token, choice) pairs by expert, stably, and how many each expert gets.
-
-    Pair p belongs to token p // A.
-    """
-    return select(ORDER, implementation, experts, n_routed_experts)

@@ -6,11 +6,11 @@ import zlib
 import jax
 import jax.numpy as jnp
 
-from dsv4_jax.checkpoint.load import prepare_layer
+from dsv4_jax.checkpoint.layouts import lay_out
 from dsv4_jax.checkpoint.names import Parameter, nest, parameters
 from dsv4_jax.config import Config
 from dsv4_jax.model import Params
-from pallas_kernels import QuantArray
+from pallas_kernels import QuantArray, current_target
 from pallas_kernels.formats import E8M0_BIAS
 
 
@@ -23,8 +23,7 @@ def made_up_params(config: Config, seed: int = 0) -> Params:
     leaves = {}
     for parameter in parameters(config, mtp=False):
         leaves[parameter.path] = _numbers(parameter, config, key)
-        if parameter.stacked and parameter.path[-1] == "w3":
-            prepare_layer(leaves, parameter.path[:-1])
+        lay_out(leaves, parameter.path, current_target())
     return nest(leaves)
 
 

@@ -1,6 +1,7 @@
 """From files to parameters: the numbers that were stored, and one clear line for what cannot be loaded."""
 
 import dataclasses
+import functools
 import json
 import struct
 from collections.abc import Callable
@@ -13,15 +14,18 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from dsv4_jax.cache import make_cache
 from dsv4_jax.checkpoint import load as load_module
 from dsv4_jax.checkpoint.load import CheckpointWarning, LoadedModel, load
 from dsv4_jax.checkpoint.names import parameters
 from dsv4_jax.checkpoint.synthetic import write_checkpoint
 from dsv4_jax.config import TINY, Config
 from dsv4_jax.errors import CheckpointError, ConfigError, MemoryPlanError, NumericError
+from dsv4_jax.generate import prefill
+from dsv4_jax.numerics import OFFICIAL
 from dsv4_jax.sharding import make_mesh
 from dsv4_jax.weight_files import WeightFiles
-from pallas_kernels import QuantArray, Target, dequantize
+from pallas_kernels import ExpertTiles, QuantArray, Target, dequantize
 
 GOLDEN = Path(__file__).parent.parent / "data"
 
@@ -184,12 +188,44 @@ def test_linears_are_the_same_numbers_in_the_fp8_of_the_device(made_up, monkeypa
     monkeypatch.setattr(load_module, "current_target", lambda: Target("rocm", "gfx942"))
     converted = load(made_up, mesh=mesh).params["layers"][1]["attn"]
 
-    for name in ("wq_a", "wq_b", "wkv", "wo_a", "wo_b"):
+    for name in ("wq_b", "wo_a", "wo_b"):
         here, there = attn[name]["weight"], converted[name]["weight"]
         assert there.values.dtype == jnp.float8_e4m3fnuz
         assert there.values.sharding == here.values.sharding
         assert there.scale.sharding == here.scale.sharding
         np.testing.assert_array_equal(dequantize(there), dequantize(here))
+
+
+def test_a_gpu_gets_linears_of_one_input_as_one_weight_and_experts_in_tiles(made_up, monkeypatch):
+    stored = load(made_up).params["layers"][1]
+
+    monkeypatch.setattr(load_module, "current_target", lambda: Target("cuda", "sm_90"))
+    laid_out = load(made_up).params["layers"][1]
+
+    pairs = (("attn", "wq_a", "wkv"), ("ffn", "shared_experts", "w1", "w3"))
+    for *outer, first, second in pairs:
+        here, there = (functools.reduce(dict.__getitem__, outer, layer) for layer in (stored, laid_out))
+        both = [dequantize(here[name]["weight"]) for name in (first, second)]
+        assert there[second]["weight"] is None
+        np.testing.assert_array_equal(dequantize(there[first]["weight"]), jnp.concatenate(both))
+    experts = laid_out["ffn"]["experts"]
+    assert isinstance(experts["w1"], ExpertTiles)
+    assert isinstance(experts["w2"], ExpertTiles)
+    assert experts["w3"] is None
+
+
+def test_the_model_gives_the_same_on_parameters_laid_out_for_a_gpu(made_up, monkeypatch):
+    stored = load(made_up)
+    monkeypatch.setattr(load_module, "current_target", lambda: Target("cuda", "sm_90"))
+    laid_out = load(made_up)
+    monkeypatch.undo()
+    ids, zero, length = jnp.arange(7)[None], jnp.zeros(1, jnp.int32), jnp.full(1, 7)
+
+    def logits(model):
+        cache = make_cache(model.config, OFFICIAL, batch=1, max_len=8)
+        return prefill(model.config, OFFICIAL, model.params, ids, zero, length, cache)[0]
+
+    np.testing.assert_array_equal(logits(laid_out), logits(stored))
 
 
 def test_every_byte_of_an_e8m0_scale_is_an_exponent_and_never_a_number(changed, tensors):

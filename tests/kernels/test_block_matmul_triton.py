@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import QuantArray, Target, block_diagonal_matmul, block_matmul, dequantize, quantize
-from pallas_kernels.block_matmul import DIAGONAL, MATMUL
-from pallas_kernels.block_matmul.tiles import Tile, tile_for
-from pallas_kernels.block_matmul.tuned import TUNED
+from pallas_kernels.block_matmul import DIAGONAL, MATMUL, tiles
+from pallas_kernels.block_matmul.tiles import Tile, tile_for, tuned
 from pallas_kernels.formats import scale_values
 
 kernels = pytest.importorskip("pallas_kernels.block_matmul.triton")
@@ -39,8 +38,15 @@ def fp8(rows: int, columns: int, format: str, values=FP8, scale=jnp.uint8) -> Qu
     )
 
 
-# name: tokens, weight, dtype of its scale, and the instruction that multiplies, by arch.
-FEW, MANY, FEW_BF16, MANY_BF16 = (
+# The instruction that multiplies, by arch: on the ordinary units, for few tokens, and for as many as fill it.
+PLAIN, FEW, MANY, FEW_BF16, MANY_BF16 = (
+    {
+        "sm_80": "fma.rn.f32",
+        "sm_90": "fma.rn.f32",
+        "sm_100": "fma.rn.f32",
+        "gfx942": "v_fma",
+        "gfx950": "v_fma",
+    },
     {
         "sm_80": "mma.sync.aligned.m16n8k16.row.col.f32.bf16",
         "sm_90": "mma.sync.aligned.m16n8k16.row.col.f32.f16",
@@ -64,33 +70,37 @@ FEW, MANY, FEW_BF16, MANY_BF16 = (
     },
     {
         "sm_80": "mma.sync.aligned.m16n8k16.row.col.f32.bf16",
-        "sm_90": "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16",
+        "sm_90": "k16.f32.bf16.bf16",
         "sm_100": "tcgen05.mma.cta_group::1.kind::f16",
         "gfx942": "v_mfma_f32_32x32x8_bf16",
         "gfx950": "v_mfma_f32_32x32x16_bf16",
     },
 )
+# name: tile, tokens, weight, dtype of its scale, what multiplies. All that a chip of 64 KiB can hold.
 CASES = {
-    "one token": (1, (4096, 8192), jnp.uint8, FEW),
-    "33 tokens and float32 scales": (33, (1536, 4096), F32, MANY),
-    "1000 tokens": (1000, (4096, 4096), jnp.uint8, MANY),
-    "3 tokens by groups": (3, WO_A, jnp.uint8, FEW_BF16),
-    "1000 tokens by groups": (1000, WO_A, jnp.uint8, MANY_BF16),
+    "streamed": (Tile(1, 4, num_warps=8), 1, (4096, 8192), jnp.uint8, PLAIN),
+    "streamed, by groups": (Tile(1, 8), 3, WO_A, jnp.uint8, PLAIN),
+    "spanned": (Tile(16, 32, span=4, num_stages=2), 8, (4096, 8192), jnp.uint8, FEW),
+    "spanned, by groups": (Tile(16, 32, span=2, num_stages=2), 3, WO_A, jnp.uint8, FEW_BF16),
+    "tokens as columns": (Tile(32, 64, splits=4, num_stages=2), 32, (4096, 8192), jnp.uint8, MANY),
+    "tokens as rows": (Tile(64, 64, num_stages=2), 33, (1536, 4096), F32, MANY),
+    "stacked": (Tile(64, 64, stack=2, num_stages=2), 1000, (4096, 4096), jnp.uint8, MANY),
+    "side by side": (Tile(64, 64, beside=2, num_stages=2), 1000, (32768, 1024), jnp.uint8, MANY),
+    "dequantized": (Tile(64, 64, num_stages=2), 1000, WO_A, jnp.uint8, MANY_BF16),
+    "bfloat16 and float32 scales": (Tile(64, 64, num_stages=2), 1000, WO_A, F32, MANY_BF16),
 }
 
 
 def launches_of(case: str, arch: str) -> list:
-    tokens, shape, scale, _ = CASES[case]
+    tile, tokens, shape, scale, _ = CASES[case]
     stored = STORED.get(arch, FP8)
     if shape is WO_A:
         groups, rows, columns = shape
         x, run = jax.ShapeDtypeStruct((tokens, groups, columns), BF16), kernels.block_diagonal_matmul
         weight = fp8(groups * rows, columns, "fp8_block128", stored, scale)
-        tile = tile_for(arch, "bf16", tokens, groups * rows, columns, groups)
     else:
         x, run = fp8(tokens, shape[1], "fp8_token128", stored), kernels.block_matmul
         weight = fp8(*shape, "fp8_block128", stored, scale)
-        tile = tile_for(arch, "fp8", tokens, *shape)
     return triton_call.launches(functools.partial(run, out_dtype=BF16, tile=tile), x, weight)
 
 
@@ -104,7 +114,7 @@ def test_the_kernels_compile_for(case, arch):
     (machine,) = struct.unpack_from("<H", binary.code, 18)
     assert binary.code[:4] == b"\x7fELF"
     assert machine == (190 if arch.startswith("sm_") else 224)
-    assert CASES[case][3][arch] in binary.assembly
+    assert CASES[case][-1][arch] in binary.assembly
     assert binary.shared_bytes <= SHARED_KIB[arch] * 1024
 
 
@@ -124,11 +134,27 @@ def test_every_shape_has_a_tile_that_divides_it(groups, arch):
 
 def test_a_measured_tile_serves_up_to_its_number_of_tokens(monkeypatch):
     first, second = Tile(8, 32), Tile(64, 128)
-    monkeypatch.setitem(TUNED, "sm_90", {"fp8": {(64, 256): {8: tuple(first), 128: tuple(second)}}})
+    monkeypatch.setattr(tiles, "tuned", lambda: {"sm_90": {"fp8": {"128x256": {8: first, 128: second}}}})
 
-    chosen = [tile_for("sm_90", "fp8", tokens, 64, 256) for tokens in (1, 8, 9, 128, 5000)]
+    chosen = [tile_for("sm_90", "fp8", tokens, 128, 256) for tokens in (1, 8, 9, 128, 5000)]
 
     assert chosen == [first, first, second, second, second]
+
+
+def test_a_measured_tile_that_does_not_divide_other_groups_is_left_to_them(monkeypatch):
+    monkeypatch.setattr(tiles, "tuned", lambda: {"sm_90": {"bf16": {"128x256": {8: Tile(8, 128)}}}})
+
+    chosen = [tile_for("sm_90", "bf16", 8, 128, 256, groups) for groups in (1, 4)]
+
+    assert chosen[0] == Tile(8, 128)
+    assert chosen[1].divides(256, 32, 4)
+
+
+def test_measured_tiles_divide_the_weights_they_were_measured_for():
+    for shapes in tuned()["sm_90"].values():
+        for shape, by_tokens in shapes.items():
+            rows, columns = map(int, shape.split("x"))
+            assert all(tile.divides(columns, rows, 1) for tile in by_tokens.values()), shape
 
 
 def test_a_tile_that_does_not_divide_the_product_is_refused():
@@ -279,9 +305,37 @@ def test_the_kernels_hold_at_the_edges_and_with_float32_scales(rows, tokens):
     assert relative_error(found[:, 0], jnp.asarray(expected, F32)) <= BOUNDS["bf16"][F32]
 
 
+TILES = [
+    Tile(1, 16, num_warps=8),
+    Tile(8, 32, span=4),
+    Tile(16, 128),
+    Tile(32, 64, splits=2, num_stages=6),
+    Tile(32, 128, num_warps=8),
+    Tile(64, 64, stack=2),
+    Tile(64, 64, beside=2),
+    Tile(128, 128, beside=2, num_warps=8),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 17, 129], ids="tokens={}".format)
+@pytest.mark.parametrize("operand", list(BOUNDS))
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_every_kind_of_tile_is_right_where_it_does_not_fit(tile, operand, tokens):
+    x, weight = random_pair(tokens, 1000, 1024)
+    x = quantize(x, "fp8_token128") if operand == "fp8" else x
+
+    found = kernels.block_matmul(x, weight, F32, tile=tile)
+
+    expected = block_matmul(x, weight, out_dtype=F32, implementation="reference")
+    assert relative_error(found, expected) <= BOUNDS[operand][F32]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "tile", [Tile(8, 32, span=4), Tile(32, 64, splits=2), Tile(64, 128, stack=2)], ids=str
+    "tile",
+    [Tile(1, 16), Tile(8, 32, span=4), Tile(32, 64, splits=2), Tile(64, 128, stack=2)],
+    ids=str,
 )
 def test_a_product_is_the_same_every_time(tile):
     x, weight = random_pair(7, 256, 1024)

@@ -14,6 +14,7 @@ from pallas_kernels import QuantArray, Target, dispatch
 from pallas_kernels.dispatch import Implementation, select
 from pallas_kernels.hyper_connection.reference import sinkhorn
 from pallas_kernels.indexer.reference import QUERIES_AT_ONCE, index_top_k
+from pallas_kernels.routing import reference as routing
 
 F32 = jnp.float32
 ULP = 2.0**-24  # half a unit in the last place of float32, relative
@@ -213,7 +214,7 @@ def test_swiglu_does_not_clamp_the_gate_from_below():
 def test_gate_scores_are_the_root_of_softplus_at_every_magnitude():
     logits = np.array([[-80.0, -20.0, -1.0, 0.0, 1.0, 20.0, 80.0, 1e4]], np.float32)
 
-    scores = jax.jit(pk.gate_scores)(logits)
+    scores = jax.jit(routing.gate_scores)(logits)
 
     expected = [math.sqrt(each if each > 50 else math.log1p(math.exp(each))) for each in logits[0].tolist()]
     np.testing.assert_allclose(scores[0], expected, rtol=32 * ULP)
@@ -223,7 +224,7 @@ def test_choosing_experts_goes_by_score_plus_bias_and_ties_to_the_smaller_index(
     scores = np.array([[1.0, 3.0, 1.0, 3.0, 2.0], [0.0, 0.0, 0.0, 0.0, 0.0]], np.float32)
     bias = np.array([0.0, -1.0, 0.0, -1.0, 0.0], np.float32)
 
-    chosen = jax.jit(pk.choose_experts, static_argnums=2)(scores, bias, 3)
+    chosen = jax.jit(routing.choose_experts, static_argnums=2)(scores, bias, 3)
 
     assert chosen.dtype == jnp.int32
     assert chosen.tolist() == [[1, 3, 4], [0, 2, 4]]
@@ -231,9 +232,9 @@ def test_choosing_experts_goes_by_score_plus_bias_and_ties_to_the_smaller_index(
 
 def test_routing_weights_leave_the_bias_out_and_sum_to_the_scaling_factor():
     scores, bias = np.abs(normal(50, 16)) + 0.1, 10 * normal(16, seed=1)
-    experts = pk.choose_experts(scores, bias, 6)
+    experts = routing.choose_experts(scores, bias, 6)
 
-    weights = np.asarray(jax.jit(pk.routing_weights, static_argnums=2)(scores, experts, 2.5))
+    weights = np.asarray(jax.jit(routing.routing_weights, static_argnums=2)(scores, experts, 2.5))
 
     for row, chosen, found in zip(np.float64(scores), np.asarray(experts), weights, strict=True):
         assert set(chosen) == set(np.argsort(-(row + bias))[:6])
@@ -245,7 +246,7 @@ def test_sorting_by_expert_is_stable_and_counts_every_pair():
     experts = np.random.default_rng(0).integers(0, 5, (9, 3)).astype(np.int32)
     experts[experts == 2] = 3  # an expert nobody chose
 
-    order, group_sizes = jax.jit(pk.sort_by_expert, static_argnums=1)(experts, 6)
+    order, group_sizes = jax.jit(routing.sort_by_expert, static_argnums=1)(experts, 6)
 
     pairs = sorted(range(experts.size), key=lambda pair: (experts.reshape(-1)[pair], pair))
     assert order.tolist() == pairs
