@@ -38,8 +38,8 @@ MULTIPROCESSORS = 132
 # Registers of a thread once all know their part: 128 threads that load, 256 that multiply, 168 each at first.
 LOADING_REGISTERS, MULTIPLYING_REGISTERS = 40, 232
 
-SWIZZLED = (plgpu.SwizzleTransform(128),)
-FP8_TILED = (plgpu.TilingTransform((8, 128)), plgpu.SwizzleTransform(128))
+SWIZZLED = (plgpu.SwizzleTransform(128),)  # pyright: ignore[reportAbstractUsage]
+FP8_TILED = (plgpu.TilingTransform((8, 128)), *SWIZZLED)  # pyright: ignore[reportAbstractUsage]
 ROW = plgpu.Layout.WGMMA.reduce(1)  # one number a token, where a product has that token
 
 
@@ -72,7 +72,7 @@ class Config(NamedTuple):
 
     @property
     def width(self) -> int:
-        """Columns of one tensor core product: no more, or its sums and the running ones need too many registers."""
+        """Columns of one tensor core product: its sums need registers beside those of the running ones."""
         return self.rows if self.rows <= 192 else 128
 
 
@@ -186,15 +186,6 @@ def _ptx_product(
     """
     width = spent.shape[1]
 
-    @plgpu.inline_mgpu(
-        arg_types=(
-            plgpu.RefType(SWIZZLED),
-            plgpu.RefType(SWIZZLED),
-            *(plgpu.Layout.WG_SPLAT,) * 2,
-            plgpu.Layout.WGMMA,
-        ),
-        return_type=plgpu.ShapeDtypeStruct((HEIGHT, width), jnp.float32, layout=plgpu.Layout.WGMMA),
-    )
     def emit(
         _, x: ir.Value, w: ir.Value, slot: Any, token: Any, spent: mgpu.FragmentedArray
     ) -> mgpu.FragmentedArray:
@@ -223,7 +214,11 @@ def _ptx_product(
             _is_signed=None,
         ).to_layout(WGMMA_LAYOUT)
 
-    return emit(x_ref, w_ref, slot, token, spent)
+    inline: Any = plgpu.inline_mgpu(
+        arg_types=(*(plgpu.RefType(SWIZZLED),) * 2, *(plgpu.Layout.WG_SPLAT,) * 2, plgpu.Layout.WGMMA),
+        return_type=plgpu.ShapeDtypeStruct((HEIGHT, width), jnp.float32, layout=plgpu.Layout.WGMMA),
+    )
+    return inline(emit)(x_ref, w_ref, slot, token, spent)
 
 
 def _wgmma_ptx(width: int) -> str:
@@ -258,7 +253,7 @@ def _wgmma_product(
         plgpu.wgmma(sums, x, w_ref.at[slot, pl.ds(row, width)].transpose((1, 0)))
         return sums[...]
 
-    return pl.run_scoped(product, plgpu.ACC((HEIGHT, width), jnp.float32))
+    return pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((HEIGHT, width), jnp.float32))
 
 
 # --- scales
@@ -272,7 +267,7 @@ def _number(scale: jax.Array) -> jax.Array:
 
 
 class Scales(NamedTuple):
-    """What was stored for one block of columns: a vector for each 64 tokens, a scalar for each chunk of rows."""
+    """As stored, for one block of columns: a vector for each 64 tokens, a scalar for each chunk of rows."""
 
     x: tuple[jax.Array, ...]
     w: tuple[jax.Array, ...]

@@ -15,13 +15,11 @@ class Tiling(NamedTuple):
     Attributes:
       rows: of weights that a program takes.
       num_warps, num_stages: as Triton means them.
-      quantizes: activations on its way, each program for itself: a launch less, for few tokens.
     """
 
     rows: int
     num_warps: int
     num_stages: int
-    quantizes: bool = False
 
 
 class Tilings(NamedTuple):

@@ -13,12 +13,11 @@ import triton
 import triton.language as tl
 
 from pallas_kernels.activation_quant import activation_quant
-from pallas_kernels.activation_quant.triton import quantized
 from pallas_kernels.expert_mlp.plan import Plan, plan
 from pallas_kernels.expert_mlp.rows import ExpertRows
 from pallas_kernels.expert_mlp.tiles import ExpertTiles
 from pallas_kernels.expert_mlp.tilings import Operands, Tiling, Tilings, tilings_for
-from pallas_kernels.formats import FORMATS, fake_quantize
+from pallas_kernels.formats import e8m0_decode, fake_quantize
 from pallas_kernels.target import current_target
 from pallas_kernels.triton_call import triton_call
 
@@ -159,7 +158,7 @@ def _power_of_two(exponent):
 
 @triton.jit
 def _number(scale):
-    """A weight's scale as float32, whether it is stored so or as an E8M0 byte."""
+    """A scale as float32, whether it is stored so or as an E8M0 byte."""
     if scale.dtype == tl.uint8:
         scale = _power_of_two(scale)
     return scale
@@ -170,11 +169,12 @@ def _product(
     values,  # FP4: codes of tiles; FP8: [E, N, K] e4m3
     scale,  # FP4: multipliers of tiles; FP8: [E, N/8, K/128]
     row_exponent,  # FP4 only: [E, N] uint8
-    x,  # [?, K] e4m3, or bfloat16 without scales: quantised here, or not at all
-    x_scale,  # [?, K/128] uint8
+    x,  # [?, K] e4m3, or bfloat16 without scales
+    x_scale,  # [?, K/128] uint8, or [K/128, STRIDE] float32 of rows in sorted order
     expert,
     block,
     rows,  # [BT] of x
+    start,  # of these rows in sorted order
     real,  # [BT]
     N: tl.constexpr,
     K: tl.constexpr,
@@ -182,14 +182,16 @@ def _product(
     BT: tl.constexpr,
     FP4: tl.constexpr,
     FP8: tl.constexpr,
-    FLOOR: tl.constexpr,
+    SORTED: tl.constexpr,
+    STRIDE: tl.constexpr,
     VENDOR: tl.constexpr,
 ):
     """[BN, BT] float32: BN rows of an expert's weight, from row block * BN, times the `rows` of x."""
     KT: tl.constexpr = K // 128
     first = expert.to(tl.int64) * N + block * BN
     x_at = x + rows.to(tl.int64)[:, None] * K + tl.arange(0, 128)[None, :]
-    x_scale_at = x_scale + rows.to(tl.int64) * KT
+    # Neighbours in memory need one pointer a thread; a pointer for each row costs half the registers.
+    x_scale_at = x_scale + start + tl.arange(0, BT) if SORTED else x_scale + rows.to(tl.int64) * KT
     if FP4:
         # Whole tiles of 128 rows, or the first or second part of one.
         word, share = tl.arange(0, BN * 16), tl.arange(0, BN)  # four multipliers each
@@ -203,8 +205,8 @@ def _product(
         scale_at = scale + (first // 8 + tl.arange(0, BN) // 8) * KT
 
     total = tl.zeros((BN, BT), tl.float32)
-    if FP8 and x.dtype.element_ty != tl.bfloat16:
-        following = tl.load(x_scale_at, mask=real, other=0)
+    if FP8:
+        following = tl.load(x_scale_at) if SORTED else tl.load(x_scale_at, mask=real, other=0)
     for k in range(KT):
         # Weights first: their loads need not wait for the list of rows to arrive.
         if FP4:
@@ -216,13 +218,13 @@ def _product(
                 weights = weights.to(tl.float32).to(tl.bfloat16)
         xk = tl.load(x_at + k * 128, mask=real[:, None], other=0.0)
         if FP8:
-            if x.dtype.element_ty == tl.bfloat16:
-                xk, exponent = quantized(xk, FLOOR, 448.0)
+            # Scales come a step ahead: so few bytes do not go through the pipeline that tiles go through.
+            x_scales, after = following, tl.minimum(k + 1, KT - 1)
+            if SORTED:
+                following = tl.load(x_scale_at + after * STRIDE)
             else:
-                # Scales come a step ahead: single bytes do not go through the pipeline that tiles go through.
-                exponent = following
-                following = tl.load(x_scale_at + tl.minimum(k + 1, KT - 1), mask=real, other=0)
-            part = tl.dot(weights, tl.trans(xk)) * _power_of_two(exponent)[None, :]
+                following = tl.load(x_scale_at + after, mask=real, other=0)
+            part = tl.dot(weights, tl.trans(xk)) * _number(x_scales)[None, :]
         else:
             part = tl.dot(weights, tl.trans(xk))
         if not FP4:
@@ -241,7 +243,7 @@ def _gate_up(
     row_exponent,
     x,
     x_scale,
-    weight,  # [R] float32, routing weight of each (token, choice)
+    weight,  # [R] float32, routing weight of each (token, choice), or [R + BT] of each row in sorted order
     order,  # [R] int32, the (token, choice) of each row, rows sorted by expert
     tile_expert,  # [tiles] int32, -1 for tiles that are not there
     tile_start,  # [tiles] int32, first row
@@ -255,7 +257,8 @@ def _gate_up(
     BT: tl.constexpr,
     FP4: tl.constexpr,
     FP8: tl.constexpr,
-    FLOOR: tl.constexpr,
+    SORTED: tl.constexpr,
+    STRIDE: tl.constexpr,
     VENDOR: tl.constexpr,
 ):
     NT: tl.constexpr = N // BN
@@ -263,7 +266,8 @@ def _gate_up(
     expert = tl.load(tile_expert + tile)
     if expert < 0:
         return
-    rows = tl.load(tile_start + tile) + tl.arange(0, BT)
+    start = tl.load(tile_start + tile)
+    rows = start + tl.arange(0, BT)
     real = rows < tl.load(tile_end + tile)
     pair = tl.load(order + rows, mask=real, other=0)
 
@@ -276,6 +280,7 @@ def _gate_up(
         expert,
         block,
         pair // CHOICES,
+        start,
         real,
         N,
         K,
@@ -283,7 +288,8 @@ def _gate_up(
         BT,
         FP4,
         FP8,
-        FLOOR,
+        SORTED,
+        STRIDE,
         VENDOR,
     )
     # Rows r and r + 8 of sixteen are in one thread: the gate and the up of one inner column.
@@ -292,7 +298,10 @@ def _gate_up(
     gate = tl.minimum(gate.to(tl.float32), LIMIT)
     up = tl.minimum(tl.maximum(up.to(tl.float32), -LIMIT), LIMIT)
     inner = tl.reshape(gate / (1.0 + tl.exp(-gate)) * up, (BN // 2, BT))
-    inner *= tl.load(weight + pair, mask=real, other=0.0)[None, :]
+    if SORTED:
+        inner *= tl.load(weight + start + tl.arange(0, BT))[None, :]
+    else:
+        inner *= tl.load(weight + pair, mask=real, other=0.0)[None, :]
     columns = block * (BN // 2) + tl.arange(0, BN // 2)
     out_at = out + rows.to(tl.int64)[:, None] * (N // 2) + columns[None, :]
     tl.store(out_at, tl.trans(inner).to(tl.bfloat16), mask=real[:, None])
@@ -316,7 +325,8 @@ def _down(
     BT: tl.constexpr,
     FP4: tl.constexpr,
     FP8: tl.constexpr,
-    FLOOR: tl.constexpr,
+    SORTED: tl.constexpr,
+    STRIDE: tl.constexpr,
     VENDOR: tl.constexpr,
 ):
     NT: tl.constexpr = N // BN
@@ -324,7 +334,8 @@ def _down(
     expert = tl.load(tile_expert + tile)
     if expert < 0:
         return
-    rows = tl.load(tile_start + tile) + tl.arange(0, BT)
+    start = tl.load(tile_start + tile)
+    rows = start + tl.arange(0, BT)
     real = rows < tl.load(tile_end + tile)
 
     total = _product(
@@ -336,6 +347,7 @@ def _down(
         expert,
         block,
         rows,
+        start,
         real,
         N,
         K,
@@ -343,7 +355,8 @@ def _down(
         BT,
         FP4,
         FP8,
-        FLOOR,
+        SORTED,
+        STRIDE,
         VENDOR,
     )
     columns = block * BN + tl.arange(0, BN)
@@ -408,10 +421,11 @@ def gate_up(
 ) -> jax.Array:
     """[R, F] bfloat16 in sorted order: weight * silu(gate) * up."""
     constants = {"CHOICES": weights.shape[1], "LIMIT": limit}
+    flat = weights.reshape(-1)
+    if _in_order(w13, activation, tile_rows):
+        flat = jnp.pad(flat[planned.order], (0, tile_rows))
     out = jax.ShapeDtypeStruct((weights.size, w13.shape[1] // 2), jnp.bfloat16)
-    return _launch(
-        _gate_up, x, (weights.reshape(-1),), planned, w13, out, activation, tile_rows, tiling, constants
-    )
+    return _launch(_gate_up, x, (flat,), planned, w13, out, activation, tile_rows, tiling, constants)
 
 
 def down(
@@ -429,11 +443,13 @@ def _launch(
     fp8 = operands(weight, activation).endswith("x fp8")
     fp4 = isinstance(weight, ExpertTiles)
     arrays = (weight.codes, weight.multipliers, weight.row_exponent) if fp4 else (weight.values, weight.scale)
-    if fp8 and tiling.quantizes:
-        x_scale = arrays[-1]  # holds the place, never read
-    elif fp8:
+    in_order = _in_order(weight, activation, tile_rows)
+    if fp8:
         quantised = activation_quant(x)
         x, x_scale = quantised.values, quantised.scale
+        if in_order:
+            choices = constants.get("CHOICES")
+            x_scale = _by_block(x_scale if choices is None else x_scale[planned.order // choices], tile_rows)
     else:
         x_scale = arrays[-1]  # holds the place, never read
         if activation is not None:
@@ -459,9 +475,22 @@ def _launch(
         BT=tile_rows,
         FP4=fp4,
         FP8=fp8,
-        FLOOR=FORMATS["fp8_token128"].floor,
+        SORTED=in_order,
+        STRIDE=x_scale.shape[-1] if in_order else 0,
         **constants,
     )
+
+
+def _in_order(weight: Weight, activation: str | None, tile_rows: int) -> bool:
+    """Whether scales and routing weights are brought into sorted order first: it costs launches, for large
+    tiles it saves registers.
+    """
+    return operands(weight, activation).endswith("x fp8") and tile_rows > 16
+
+
+def _by_block(scale: jax.Array, tile_rows: int) -> jax.Array:
+    """[R, K/128] E8M0 as [K/128, R + tile_rows] float32: what the last tile reads past the rows is there."""
+    return jnp.pad(e8m0_decode(scale).T, ((0, 0), (0, tile_rows)))
 
 
 def interleave_pairs(x: jax.Array) -> jax.Array:

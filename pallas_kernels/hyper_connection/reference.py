@@ -12,8 +12,15 @@ def _mix(streams: jax.Array, fn: jax.Array, norm_eps: float) -> tuple[jax.Array,
     return streams_TXM, jnp.einsum("...k,nk->...n", flat, fn, precision="highest") * rms
 
 
-def _collapse(pre: jax.Array, streams_TXM: jax.Array, dtype) -> jax.Array:
-    return jnp.einsum("...x,...xm->...m", pre, streams_TXM, precision="highest").astype(dtype)
+def _collapse(
+    pre: jax.Array, streams_TXM: jax.Array, dtype, norm_weight: jax.Array | None, norm_eps: float
+) -> jax.Array:
+    x = jnp.einsum("...x,...xm->...m", pre, streams_TXM, precision="highest").astype(dtype)
+    if norm_weight is None:
+        return x
+    wide = x.astype(jnp.float32)
+    normalized = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + norm_eps)
+    return (normalized * norm_weight.astype(jnp.float32)).astype(dtype)
 
 
 def sinkhorn(logits: jax.Array, iterations: int, eps: float) -> jax.Array:
@@ -37,13 +44,15 @@ def hc_pre(
     sinkhorn_iters: int,
     eps: float,
     norm_eps: float,
+    norm_weight: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     n = streams.shape[-2]
     streams_TXM, mixed = _mix(streams, fn, norm_eps)
     pre = jax.nn.sigmoid(mixed[..., :n] * scale[0] + base[:n]) + eps
     post = 2 * jax.nn.sigmoid(mixed[..., n : 2 * n] * scale[1] + base[n : 2 * n])
     logits = (mixed[..., 2 * n :] * scale[2] + base[2 * n :]).reshape(*mixed.shape[:-1], n, n)
-    return _collapse(pre, streams_TXM, streams.dtype), post, sinkhorn(logits, sinkhorn_iters, eps)
+    x = _collapse(pre, streams_TXM, streams.dtype, norm_weight, norm_eps)
+    return x, post, sinkhorn(logits, sinkhorn_iters, eps)
 
 
 def hc_post(y: jax.Array, streams: jax.Array, post: jax.Array, comb: jax.Array) -> jax.Array:
@@ -53,9 +62,32 @@ def hc_post(y: jax.Array, streams: jax.Array, post: jax.Array, comb: jax.Array) 
     return (written + kept).astype(streams.dtype)
 
 
+def hc_post_pre(
+    y: jax.Array,
+    streams: jax.Array,
+    post: jax.Array,
+    comb: jax.Array,
+    fn: jax.Array,
+    scale: jax.Array,
+    base: jax.Array,
+    sinkhorn_iters: int,
+    eps: float,
+    norm_eps: float,
+    norm_weight: jax.Array | None,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    streams = hc_post(y, streams, post, comb)
+    return streams, *hc_pre(streams, fn, scale, base, sinkhorn_iters, eps, norm_eps, norm_weight)
+
+
 def hc_head(
-    streams: jax.Array, fn: jax.Array, scale: jax.Array, base: jax.Array, eps: float, norm_eps: float
+    streams: jax.Array,
+    fn: jax.Array,
+    scale: jax.Array,
+    base: jax.Array,
+    eps: float,
+    norm_eps: float,
+    norm_weight: jax.Array | None,
 ) -> jax.Array:
     streams_TXM, mixed = _mix(streams, fn, norm_eps)
     pre = jax.nn.sigmoid(mixed * scale + base) + eps
-    return _collapse(pre, streams_TXM, streams.dtype)
+    return _collapse(pre, streams_TXM, streams.dtype, norm_weight, norm_eps)

@@ -1,11 +1,39 @@
 """Attention to a window and to chosen compressed entries, with a sink."""
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.dispatch import Implementation, select
 from pallas_kernels.sparse_attention import reference
+from pallas_kernels.target import Target
 
-IMPLEMENTATIONS = (Implementation("reference", reference.sparse_attention),)
+
+def _run_triton(*args):
+    from pallas_kernels.sparse_attention import triton  # Triton is an extra that a CPU does without
+
+    return triton.sparse_attention(*args)
+
+
+def _triton_fits(
+    target: Target, q, window_kv, window_index, compressed_kv, compressed_index, attn_sink, softmax_scale
+) -> bool:
+    kvs = (window_kv,) if compressed_kv is None else (window_kv, compressed_kv)
+    return (
+        target.vendor != "cpu"
+        and all(array.dtype == jnp.bfloat16 for array in (q, *kvs))
+        and q.shape[-1] in (16, 32, 64, 128, 256, 512)
+        and window_kv.size > 0
+        and window_index.size > 0
+        and all(kv.shape[1] * kv.shape[2] < 2**31 for kv in kvs)  # rows are addressed by int32
+        and isinstance(softmax_scale, float | int)  # it becomes part of the kernel
+        and softmax_scale > 0
+    )
+
+
+IMPLEMENTATIONS = (
+    Implementation("triton", _run_triton, fits=_triton_fits),
+    Implementation("reference", reference.sparse_attention),
+)
 
 
 def sparse_attention(
@@ -38,5 +66,7 @@ def sparse_attention(
     """
     if (compressed_kv is None) != (compressed_index is None):
         raise ValueError("compressed_kv and compressed_index go together: give both or neither")
+    if q.size == 0:
+        return jnp.zeros(q.shape, q.dtype)
     arguments = (q, window_kv, window_index, compressed_kv, compressed_index, attn_sink, softmax_scale)
     return select(IMPLEMENTATIONS, implementation, *arguments)

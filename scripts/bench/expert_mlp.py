@@ -46,11 +46,11 @@ PROGRAM_US = 20_000  # how long one program of a measurement runs, so that start
 
 # By the most tokens they are for: tokens in a tile and the tiling, tried for both products.
 CANDIDATES = {
-    8: "16 128 4 4, 16 64 4 4, 16 64 4 7, 16 128 8 5, 16 64 4 6 1",
-    128: "16 128 4 4, 16 128 4 5, 16 64 4 6, 16 128 8 4",
-    512: "16 128 4 4, 16 128 8 4, 32 128 4 4, 32 64 4 5, 32 128 8 4",
-    2048: "64 128 4 3, 64 128 8 3, 64 64 4 4, 128 64 4 3, 128 128 8 3",
-    8192: "64 128 4 3, 64 128 8 3, 64 64 4 4, 128 64 4 3, 128 128 8 3",
+    8: "16 128 4 4, 16 64 4 4",
+    128: "16 128 4 4, 16 128 4 5",
+    512: "32 128 4 4, 32 128 4 3, 32 64 4 4, 16 128 4 4",
+    2048: "64 128 4 3, 64 128 4 4, 64 64 4 3, 64 64 4 4",
+    8192: "64 128 4 3, 128 64 4 3, 64 64 4 3",
 }
 
 
@@ -229,7 +229,7 @@ class Case:
         return functools.partial(compiled, inputs, self.bench.weights)
 
     def time_us(self, prepared) -> float:
-        return median_us(prepared, repeats=5, inner=2) / (self.rounds * len(self.inputs))
+        return median_us(prepared, repeats=5, inner=4) / (self.rounds * len(self.inputs))
 
     def measure(self, sizes) -> dict[str, float]:
         """Times with and without the plan, once the result is checked."""
@@ -243,7 +243,7 @@ def sweep(case: Case, deadline: float) -> Tilings | None:
     """The fastest of the candidates that give the right result, each product timed alone."""
     listed = CANDIDATES[min(most for most in CANDIDATES if most >= min(case.tokens, 8192))]
     candidates = [
-        (numbers[0], Tiling(*numbers[1:4], quantizes=len(numbers) > 4))
+        (numbers[0], Tiling(*numbers[1:]))
         for numbers in (tuple(map(int, each.split())) for each in listed.split(","))
     ]
     bench = case.bench
@@ -267,7 +267,7 @@ def sweep(case: Case, deadline: float) -> Tilings | None:
         futures = [pool.submit(prepare, *each) for each in candidates]
     found: dict[int, list[tuple[float, float, Tiling]]] = {}
     for (tile_rows, tiling), future in zip(candidates, futures, strict=True):
-        label = f"{tile_rows} {tiling.rows} {tiling.num_warps} {tiling.num_stages} {tiling.quantizes:d}"
+        label = f"{tile_rows} {tiling.rows} {tiling.num_warps} {tiling.num_stages}"
         if future.exception():  # a tiling that does not fit the chip is a result too
             print(f"T={case.tokens} {label}: {str(future.exception())[:150]}", flush=True)
             continue

@@ -19,11 +19,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from harness import facts, median_us, save
 from made_up import made_up_params
+from profile_kernels import kernel_times, print_kernel_times
 
 from dsv4_jax.cache import make_cache
 from dsv4_jax.config import FLASH
 from dsv4_jax.generate import decode_step, prefill
 from dsv4_jax.numerics import OFFICIAL
+from pallas_kernels.dispatch import choose
 
 KINDS = {"SWA": 0, "CSA": 4, "HCA": 128}
 
@@ -42,10 +44,12 @@ def main() -> int:
     parser.add_argument("--prefill", type=int, nargs="*", default=[2048])
     parser.add_argument("--batch", type=int, nargs="*", default=[1, 32])
     parser.add_argument("--context", type=int, default=2048, help="tokens before a decode step")
-    parser.add_argument("--name", default="default", help="what the rows call these implementations")
+    parser.add_argument("--implementation", help="as the command line's option; by default the fastest")
+    parser.add_argument("--profile", action="store_true", help="print the kernels of a decode step")
     parser.add_argument("--results", type=Path, help="JSON file to add rows to")
     arguments = parser.parse_args()
 
+    name = arguments.implementation or "default"
     config = config_of(arguments.layers_of_each)
     params = made_up_params(config)
     jax.block_until_ready(params)
@@ -59,11 +63,18 @@ def main() -> int:
         rate = tokens / microseconds * 1e6
         peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0) / 1e9
         print(f"{case}: {microseconds / 1e3:.1f} ms, {rate:.1f} tok/s, peak {peak:.1f} GB", flush=True)
-        row = {"id": f"{label} {case}", "implementation": arguments.name, "us": round(microseconds, 1)}
+        row = {"id": f"{label} {case}", "implementation": name, "us": round(microseconds, 1)}
         row |= {"tokens_per_second": round(rate, 1), "peak_gb": round(peak, 1)} | facts()
         if arguments.results:
             save([row], arguments.results)
 
+    with choose(arguments.implementation):
+        measure(arguments, config, params, report)
+    return 0
+
+
+def measure(arguments: argparse.Namespace, config, params, report) -> None:
+    """Prefills and decode steps, each told to `report`."""
     random = np.random.default_rng(0)
 
     def tokens_of(*shape: int) -> jax.Array:
@@ -91,8 +102,8 @@ def main() -> int:
 
         case = f"decode B={batch} context {arguments.context}"
         report(case, median_us(step, repeats=3, inner=3), batch, step())
-
-    return 0
+        if arguments.profile:
+            print_kernel_times(case, kernel_times(step), most=30)
 
 
 if __name__ == "__main__":
