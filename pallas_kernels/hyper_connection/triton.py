@@ -44,17 +44,20 @@ class Tiling(NamedTuple):
 
 
 def tiling(tokens: int) -> Tiling:
-    """Few tokens are spread over many programs; many share what a program reads of `fn`."""
+    """A few tokens are spread over many programs; many tokens share what a program reads of `fn`."""
     if tokens <= 16:
         return Tiling(16, 32, 1, 4, 1, 1)
-    if tokens <= 128:
-        return Tiling(16, 64, 1, 4, 1, 1)
-    if tokens <= 1024:
-        return Tiling(32, 64, 4, 4, 1, 16)
-    return Tiling(64, 32, 32, 8, 2, 16)
+    blocks = 1 << max(0, (tokens // 128).bit_length() - 1)  # which leaves some 256 programs
+    return Tiling(64, 32, blocks, 8, 1 if blocks == 1 else 2, 1 if tokens <= 128 else 16)
 
 
 # --- the projection
+
+
+@triton.jit
+def _column(numbers, INDEX: tl.constexpr):
+    """[rows] of [rows, columns]."""
+    return tl.sum(tl.where(tl.arange(0, numbers.shape[1])[None, :] == INDEX, numbers, 0.0), 1)
 
 
 @triton.jit
@@ -131,14 +134,13 @@ def _project(
 
 
 @triton.jit
-def _mixed_in(y, x0, x1, x2, x3, post, comb, token, real, STREAM: tl.constexpr):
-    """[tokens, channels] of new stream number STREAM, in float32."""
-    p = tl.load(post + token * 4 + STREAM, mask=real, other=0.0)[:, None]
-    c0 = tl.load(comb + token * 16 + STREAM, mask=real, other=0.0)[:, None]
-    c1 = tl.load(comb + token * 16 + 4 + STREAM, mask=real, other=0.0)[:, None]
-    c2 = tl.load(comb + token * 16 + 8 + STREAM, mask=real, other=0.0)[:, None]
-    c3 = tl.load(comb + token * 16 + 12 + STREAM, mask=real, other=0.0)[:, None]
-    return p * y + (c0 * x0 + c1 * x1 + c2 * x2 + c3 * x3)
+def _mixed_in(y, x0, x1, x2, x3, post, comb, STREAM: tl.constexpr):
+    """[tokens, channels] of new stream number STREAM, of `post` and `comb` as rows of a tile."""
+    c0 = _column(comb, STREAM)[:, None]
+    c1 = _column(comb, 4 + STREAM)[:, None]
+    c2 = _column(comb, 8 + STREAM)[:, None]
+    c3 = _column(comb, 12 + STREAM)[:, None]
+    return (_column(post, STREAM)[:, None] * y + (c0 * x0 + c1 * x1 + c2 * x2 + c3 * x3)).to(tl.bfloat16)
 
 
 @triton.jit
@@ -163,6 +165,11 @@ def _post_project(
     split = tl.program_id(0) % SPLITS
     token = tl.program_id(0) // SPLITS * TILE + tl.arange(0, TILE)
     real = token < TOKENS
+    # Half as many float32 columns as bfloat16 channels: the threads that have a token's coefficients in these
+    # tiles have its channels in the other ones, and nothing goes through shared memory.
+    wide = tl.arange(0, CHANNELS // 2)[None, :]
+    taken = tl.load(post + token[:, None] * 4 + wide, mask=real[:, None] & (wide < 4), other=0.0)
+    mixing = tl.load(comb + token[:, None] * 16 + wide, mask=real[:, None] & (wide < 16), other=0.0)
     row = tl.arange(0, COLUMNS)
     sums = tl.zeros((TILE, COLUMNS), tl.float32)
     squares = tl.zeros((TILE, CHANNELS), tl.float32)
@@ -181,10 +188,10 @@ def _post_project(
         w1 = tl.load(weight + WIDTH, mask=row[:, None] < ROWS, other=0.0)
         w2 = tl.load(weight + 2 * WIDTH, mask=row[:, None] < ROWS, other=0.0)
         w3 = tl.load(weight + 3 * WIDTH, mask=row[:, None] < ROWS, other=0.0)
-        n0 = _mixed_in(written, x0, x1, x2, x3, post, comb, token, real, 0).to(tl.bfloat16)
-        n1 = _mixed_in(written, x0, x1, x2, x3, post, comb, token, real, 1).to(tl.bfloat16)
-        n2 = _mixed_in(written, x0, x1, x2, x3, post, comb, token, real, 2).to(tl.bfloat16)
-        n3 = _mixed_in(written, x0, x1, x2, x3, post, comb, token, real, 3).to(tl.bfloat16)
+        n0 = _mixed_in(written, x0, x1, x2, x3, taken, mixing, 0)
+        n1 = _mixed_in(written, x0, x1, x2, x3, taken, mixing, 1)
+        n2 = _mixed_in(written, x0, x1, x2, x3, taken, mixing, 2)
+        n3 = _mixed_in(written, x0, x1, x2, x3, taken, mixing, 3)
         tl.store(new + at, n0, mask=real[:, None])
         tl.store(new + at + WIDTH, n1, mask=real[:, None])
         tl.store(new + at + 2 * WIDTH, n2, mask=real[:, None])
@@ -247,18 +254,13 @@ def _logits(
     at = (split[:, None].to(tl.int64) * TOKENS + token[None, :])[:, :, None] * COLUMNS + column[None, None, :]
     there = ((split[:, None] < SPLITS) & real[None, :])[:, :, None] & (column[None, None, :] <= ROWS)
     sums = tl.sum(tl.load(partial + at, mask=there, other=0.0), 0)
-    squares = _column(sums, ROWS, COLUMNS)
+    squares = _column(sums, ROWS)
     inverse_rms = tl.rsqrt(squares / (4 * WIDTH) + NORM_EPS)
     # One scale each for pre and post, which have a row for a stream, and for comb.
     scales = tl.load(scale + tl.minimum(column // 4, 2), mask=column < ROWS, other=0.0)
     return sums * inverse_rms[:, None] * scales[None, :] + tl.load(
         base + column, mask=column < ROWS, other=0.0
     )
-
-
-@triton.jit
-def _column(numbers, INDEX: tl.constexpr, COLUMNS: tl.constexpr):
-    return tl.sum(tl.where(tl.arange(0, COLUMNS)[None, :] == INDEX, numbers, 0.0), 1)
 
 
 @triton.jit
@@ -286,34 +288,34 @@ def _over_sum(a, b, c, d, EPS: tl.constexpr):
 
 
 @triton.jit
-def _sinkhorn(logits, comb, token, real, ITERATIONS: tl.constexpr, EPS: tl.constexpr, COLUMNS: tl.constexpr):
+def _sinkhorn(logits, comb, token, real, ITERATIONS: tl.constexpr, EPS: tl.constexpr):
     """Writes comb of some tokens. Every thread has whole matrices, so no step waits for another thread."""
     a0, a1, a2, a3 = _softmax(
-        _column(logits, 8, COLUMNS),
-        _column(logits, 9, COLUMNS),
-        _column(logits, 10, COLUMNS),
-        _column(logits, 11, COLUMNS),
+        _column(logits, 8),
+        _column(logits, 9),
+        _column(logits, 10),
+        _column(logits, 11),
         EPS,
     )
     b0, b1, b2, b3 = _softmax(
-        _column(logits, 12, COLUMNS),
-        _column(logits, 13, COLUMNS),
-        _column(logits, 14, COLUMNS),
-        _column(logits, 15, COLUMNS),
+        _column(logits, 12),
+        _column(logits, 13),
+        _column(logits, 14),
+        _column(logits, 15),
         EPS,
     )
     c0, c1, c2, c3 = _softmax(
-        _column(logits, 16, COLUMNS),
-        _column(logits, 17, COLUMNS),
-        _column(logits, 18, COLUMNS),
-        _column(logits, 19, COLUMNS),
+        _column(logits, 16),
+        _column(logits, 17),
+        _column(logits, 18),
+        _column(logits, 19),
         EPS,
     )
     d0, d1, d2, d3 = _softmax(
-        _column(logits, 20, COLUMNS),
-        _column(logits, 21, COLUMNS),
-        _column(logits, 22, COLUMNS),
-        _column(logits, 23, COLUMNS),
+        _column(logits, 20),
+        _column(logits, 21),
+        _column(logits, 22),
+        _column(logits, 23),
         EPS,
     )
     a0, b0, c0, d0 = _over_sum(a0, b0, c0, d0, EPS)
@@ -380,8 +382,8 @@ def _collapse(
         partial, scale, base, one, one < TOKENS, TOKENS, WIDTH, ROWS, SPLITS, SPLITS_PADDED, COLUMNS, NORM_EPS
     )
     pre = _sigmoid(logits) + EPS
-    collapsed = tl.sum(_column(pre, 0, COLUMNS), 0) * x0 + tl.sum(_column(pre, 1, COLUMNS), 0) * x1
-    collapsed += tl.sum(_column(pre, 2, COLUMNS), 0) * x2 + tl.sum(_column(pre, 3, COLUMNS), 0) * x3
+    collapsed = tl.sum(_column(pre, 0), 0) * x0 + tl.sum(_column(pre, 1), 0) * x1
+    collapsed += tl.sum(_column(pre, 2), 0) * x2 + tl.sum(_column(pre, 3), 0) * x3
     out = collapsed.to(tl.bfloat16)
     if NORM:
         wide = out.to(tl.float32)
@@ -425,13 +427,13 @@ def _finish(
         twice = 2.0 * _sigmoid(logits)
         _store_row(
             post + token * 4,
-            _column(twice, 4, COLUMNS),
-            _column(twice, 5, COLUMNS),
-            _column(twice, 6, COLUMNS),
-            _column(twice, 7, COLUMNS),
+            _column(twice, 4),
+            _column(twice, 5),
+            _column(twice, 6),
+            _column(twice, 7),
             real,
         )
-        _sinkhorn(logits, comb, token, real, ITERATIONS, EPS, COLUMNS)
+        _sinkhorn(logits, comb, token, real, ITERATIONS, EPS)
     else:
         _collapse(
             streams,
