@@ -156,5 +156,5 @@ def hc_head(
     norm_weight: Float[Array, " M"] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "*tokens M"]:
-    """Collapses the streams before the head: the `pre` part of `hc_pre` alone, with `norm_weight` as there."""
+    """Collapses the streams before the head: the `pre` part of `hc_pre` alone, `norm_weight` as there."""
     return select(HEAD, implementation, streams, fn, scale, base, eps, norm_eps, norm_weight)

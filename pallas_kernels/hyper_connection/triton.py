@@ -12,7 +12,7 @@ cut into three bfloat16 numbers whose sum it is.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ class Tiling(NamedTuple):
     Attributes:
       tokens, channels: of a tile; a program has this tile of all streams.
       most_blocks: tiles that a program goes through at most, along the channels.
-      sinkhorn_tokens: that a program of `_finish` takes through the Sinkhorn steps.
+      cuts_first: whether `fn` is cut up once, in a launch of its own, and not by every program.
     """
 
     tokens: int
@@ -40,15 +40,17 @@ class Tiling(NamedTuple):
     most_blocks: int
     num_warps: int
     num_stages: int
-    sinkhorn_tokens: int
+    cuts_first: bool = False
 
 
 def tiling(tokens: int) -> Tiling:
     """A few tokens are spread over many programs; many tokens share what a program reads of `fn`."""
     if tokens <= 16:
-        return Tiling(16, 32, 1, 4, 1, 1)
+        return Tiling(16, 32, 1, 4, 1)
     blocks = 1 << max(0, (tokens // 128).bit_length() - 1)  # which leaves some 256 programs
-    return Tiling(64, 32, blocks, 8, 1 if blocks == 1 else 2, 1 if tokens <= 128 else 16)
+    if tokens < 1024:
+        return Tiling(64, 32, blocks, 8, 1 if blocks == 1 else 2)
+    return Tiling(64, 32, blocks, 4, 2, cuts_first=True)
 
 
 # --- the projection
@@ -68,6 +70,18 @@ def _accumulated(sums, squares, stream, weight):
     middle = rest.to(tl.bfloat16)
     low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
     # Tensor cores cut sums off instead of rounding them: they add up few terms, the smallest first.
+    product = tl.dot(stream, tl.trans(low))
+    product = tl.dot(stream, tl.trans(middle), product)
+    wide = stream.to(tl.float32)
+    return sums + tl.dot(stream, tl.trans(high), product), squares + wide * wide
+
+
+@triton.jit
+def _accumulated_cut(sums, squares, stream, weight, real, PART: tl.constexpr):
+    """`_accumulated` with fn cut up before; `weight` points into the highest part."""
+    high = tl.load(weight, mask=real, other=0.0)
+    middle = tl.load(weight + PART, mask=real, other=0.0)
+    low = tl.load(weight + 2 * PART, mask=real, other=0.0)
     product = tl.dot(stream, tl.trans(low))
     product = tl.dot(stream, tl.trans(middle), product)
     wide = stream.to(tl.float32)
@@ -95,7 +109,7 @@ def _store_partial(
 @triton.jit
 def _project(
     streams,  # [TOKENS, 4, WIDTH] bfloat16
-    fn,  # [ROWS, 4*WIDTH] float32
+    fn,  # [ROWS, 4*WIDTH] float32; with CUT, [3, ROWS, 4*WIDTH] bfloat16
     partial,  # [SPLITS, TOKENS, COLUMNS] float32
     TOKENS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -106,7 +120,9 @@ def _project(
     CHANNELS: tl.constexpr,
     COLUMNS: tl.constexpr,
     STAGES: tl.constexpr,
+    CUT: tl.constexpr,
 ):
+    PART: tl.constexpr = ROWS * 4 * WIDTH
     split = tl.program_id(0) % SPLITS
     token = tl.program_id(0) // SPLITS * TILE + tl.arange(0, TILE)
     real = token < TOKENS
@@ -122,14 +138,21 @@ def _project(
         x1 = tl.load(stream + WIDTH, mask=real[:, None], other=0.0)
         x2 = tl.load(stream + 2 * WIDTH, mask=real[:, None], other=0.0)
         x3 = tl.load(stream + 3 * WIDTH, mask=real[:, None], other=0.0)
-        w0 = tl.load(weight, mask=row[:, None] < ROWS, other=0.0)
-        w1 = tl.load(weight + WIDTH, mask=row[:, None] < ROWS, other=0.0)
-        w2 = tl.load(weight + 2 * WIDTH, mask=row[:, None] < ROWS, other=0.0)
-        w3 = tl.load(weight + 3 * WIDTH, mask=row[:, None] < ROWS, other=0.0)
-        sums, squares = _accumulated(sums, squares, x0, w0)
-        sums, squares = _accumulated(sums, squares, x1, w1)
-        sums, squares = _accumulated(sums, squares, x2, w2)
-        sums, squares = _accumulated(sums, squares, x3, w3)
+        if not CUT:
+            w0 = tl.load(weight, mask=row[:, None] < ROWS, other=0.0)
+            w1 = tl.load(weight + WIDTH, mask=row[:, None] < ROWS, other=0.0)
+            w2 = tl.load(weight + 2 * WIDTH, mask=row[:, None] < ROWS, other=0.0)
+            w3 = tl.load(weight + 3 * WIDTH, mask=row[:, None] < ROWS, other=0.0)
+        if CUT:
+            sums, squares = _accumulated_cut(sums, squares, x0, weight, row[:, None] < ROWS, PART)
+            sums, squares = _accumulated_cut(sums, squares, x1, weight + WIDTH, row[:, None] < ROWS, PART)
+            sums, squares = _accumulated_cut(sums, squares, x2, weight + 2 * WIDTH, row[:, None] < ROWS, PART)
+            sums, squares = _accumulated_cut(sums, squares, x3, weight + 3 * WIDTH, row[:, None] < ROWS, PART)
+        else:
+            sums, squares = _accumulated(sums, squares, x0, w0)
+            sums, squares = _accumulated(sums, squares, x1, w1)
+            sums, squares = _accumulated(sums, squares, x2, w2)
+            sums, squares = _accumulated(sums, squares, x3, w3)
     _store_partial(partial, sums, squares, split, token, real, ROWS, TOKENS, COLUMNS)
 
 
@@ -149,7 +172,7 @@ def _post_project(
     streams,  # [TOKENS, 4, WIDTH] bfloat16
     post,  # [TOKENS, 4] float32
     comb,  # [TOKENS, 4, 4] float32
-    fn,  # [ROWS, 4*WIDTH] float32
+    fn,  # [ROWS, 4*WIDTH] float32; with CUT, [3, ROWS, 4*WIDTH] bfloat16
     new,  # like streams
     partial,  # [SPLITS, TOKENS, COLUMNS] float32
     TOKENS: tl.constexpr,
@@ -161,7 +184,9 @@ def _post_project(
     CHANNELS: tl.constexpr,
     COLUMNS: tl.constexpr,
     STAGES: tl.constexpr,
+    CUT: tl.constexpr,
 ):
+    PART: tl.constexpr = ROWS * 4 * WIDTH
     split = tl.program_id(0) % SPLITS
     token = tl.program_id(0) // SPLITS * TILE + tl.arange(0, TILE)
     real = token < TOKENS
@@ -184,10 +209,11 @@ def _post_project(
         x1 = tl.load(streams + at + WIDTH, mask=real[:, None], other=0.0).to(tl.float32)
         x2 = tl.load(streams + at + 2 * WIDTH, mask=real[:, None], other=0.0).to(tl.float32)
         x3 = tl.load(streams + at + 3 * WIDTH, mask=real[:, None], other=0.0).to(tl.float32)
-        w0 = tl.load(weight, mask=row[:, None] < ROWS, other=0.0)
-        w1 = tl.load(weight + WIDTH, mask=row[:, None] < ROWS, other=0.0)
-        w2 = tl.load(weight + 2 * WIDTH, mask=row[:, None] < ROWS, other=0.0)
-        w3 = tl.load(weight + 3 * WIDTH, mask=row[:, None] < ROWS, other=0.0)
+        if not CUT:
+            w0 = tl.load(weight, mask=row[:, None] < ROWS, other=0.0)
+            w1 = tl.load(weight + WIDTH, mask=row[:, None] < ROWS, other=0.0)
+            w2 = tl.load(weight + 2 * WIDTH, mask=row[:, None] < ROWS, other=0.0)
+            w3 = tl.load(weight + 3 * WIDTH, mask=row[:, None] < ROWS, other=0.0)
         n0 = _mixed_in(written, x0, x1, x2, x3, taken, mixing, 0)
         n1 = _mixed_in(written, x0, x1, x2, x3, taken, mixing, 1)
         n2 = _mixed_in(written, x0, x1, x2, x3, taken, mixing, 2)
@@ -196,10 +222,16 @@ def _post_project(
         tl.store(new + at + WIDTH, n1, mask=real[:, None])
         tl.store(new + at + 2 * WIDTH, n2, mask=real[:, None])
         tl.store(new + at + 3 * WIDTH, n3, mask=real[:, None])
-        sums, squares = _accumulated(sums, squares, n0, w0)
-        sums, squares = _accumulated(sums, squares, n1, w1)
-        sums, squares = _accumulated(sums, squares, n2, w2)
-        sums, squares = _accumulated(sums, squares, n3, w3)
+        if CUT:
+            sums, squares = _accumulated_cut(sums, squares, n0, weight, row[:, None] < ROWS, PART)
+            sums, squares = _accumulated_cut(sums, squares, n1, weight + WIDTH, row[:, None] < ROWS, PART)
+            sums, squares = _accumulated_cut(sums, squares, n2, weight + 2 * WIDTH, row[:, None] < ROWS, PART)
+            sums, squares = _accumulated_cut(sums, squares, n3, weight + 3 * WIDTH, row[:, None] < ROWS, PART)
+        else:
+            sums, squares = _accumulated(sums, squares, n0, w0)
+            sums, squares = _accumulated(sums, squares, n1, w1)
+            sums, squares = _accumulated(sums, squares, n2, w2)
+            sums, squares = _accumulated(sums, squares, n3, w3)
     _store_partial(partial, sums, squares, split, token, real, ROWS, TOKENS, COLUMNS)
 
 
@@ -270,25 +302,29 @@ def _sigmoid(x):
 
 @triton.jit
 def _softmax(a, b, c, d, EPS: tl.constexpr):
+    """Of four numbers, plus EPS."""
     most = tl.maximum(tl.maximum(a, b), tl.maximum(c, d))
-    a, b, c, d = (
-        libdevice.exp(a - most),
-        libdevice.exp(b - most),
-        libdevice.exp(c - most),
-        libdevice.exp(d - most),
-    )
-    inverse = 1.0 / ((a + b) + (c + d))
+    a, b = libdevice.exp(a - most), libdevice.exp(b - most)
+    c, d = libdevice.exp(c - most), libdevice.exp(d - most)
+    inverse = 1.0 / ((a + b) + (c + d))  # pyright: ignore[reportOperatorIssue]  (a stub says None)
     return a * inverse + EPS, b * inverse + EPS, c * inverse + EPS, d * inverse + EPS
 
 
 @triton.jit
-def _over_sum(a, b, c, d, EPS: tl.constexpr):
-    inverse = 1.0 / (((a + b) + (c + d)) + EPS)
+def _over_sum(a, b, c, d, EPS: tl.constexpr, VENDOR: tl.constexpr):
+    total = ((a + b) + (c + d)) + EPS
+    if VENDOR == "cuda":
+        # Within an ulp, in one instruction; 1 / total takes ten, to be right for denormal numbers too.
+        inverse = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=r,r", [total], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        inverse = 1.0 / total
     return a * inverse, b * inverse, c * inverse, d * inverse
 
 
 @triton.jit
-def _sinkhorn(logits, comb, token, real, ITERATIONS: tl.constexpr, EPS: tl.constexpr):
+def _sinkhorn(logits, comb, token, real, ITERATIONS: tl.constexpr, EPS: tl.constexpr, VENDOR: tl.constexpr):
     """Writes comb of some tokens. Every thread has whole matrices, so no step waits for another thread."""
     a0, a1, a2, a3 = _softmax(
         _column(logits, 8),
@@ -318,19 +354,19 @@ def _sinkhorn(logits, comb, token, real, ITERATIONS: tl.constexpr, EPS: tl.const
         _column(logits, 23),
         EPS,
     )
-    a0, b0, c0, d0 = _over_sum(a0, b0, c0, d0, EPS)
-    a1, b1, c1, d1 = _over_sum(a1, b1, c1, d1, EPS)
-    a2, b2, c2, d2 = _over_sum(a2, b2, c2, d2, EPS)
-    a3, b3, c3, d3 = _over_sum(a3, b3, c3, d3, EPS)
+    a0, b0, c0, d0 = _over_sum(a0, b0, c0, d0, EPS, VENDOR)
+    a1, b1, c1, d1 = _over_sum(a1, b1, c1, d1, EPS, VENDOR)
+    a2, b2, c2, d2 = _over_sum(a2, b2, c2, d2, EPS, VENDOR)
+    a3, b3, c3, d3 = _over_sum(a3, b3, c3, d3, EPS, VENDOR)
     for _ in range(ITERATIONS - 1):
-        a0, a1, a2, a3 = _over_sum(a0, a1, a2, a3, EPS)
-        b0, b1, b2, b3 = _over_sum(b0, b1, b2, b3, EPS)
-        c0, c1, c2, c3 = _over_sum(c0, c1, c2, c3, EPS)
-        d0, d1, d2, d3 = _over_sum(d0, d1, d2, d3, EPS)
-        a0, b0, c0, d0 = _over_sum(a0, b0, c0, d0, EPS)
-        a1, b1, c1, d1 = _over_sum(a1, b1, c1, d1, EPS)
-        a2, b2, c2, d2 = _over_sum(a2, b2, c2, d2, EPS)
-        a3, b3, c3, d3 = _over_sum(a3, b3, c3, d3, EPS)
+        a0, a1, a2, a3 = _over_sum(a0, a1, a2, a3, EPS, VENDOR)
+        b0, b1, b2, b3 = _over_sum(b0, b1, b2, b3, EPS, VENDOR)
+        c0, c1, c2, c3 = _over_sum(c0, c1, c2, c3, EPS, VENDOR)
+        d0, d1, d2, d3 = _over_sum(d0, d1, d2, d3, EPS, VENDOR)
+        a0, b0, c0, d0 = _over_sum(a0, b0, c0, d0, EPS, VENDOR)
+        a1, b1, c1, d1 = _over_sum(a1, b1, c1, d1, EPS, VENDOR)
+        a2, b2, c2, d2 = _over_sum(a2, b2, c2, d2, EPS, VENDOR)
+        a3, b3, c3, d3 = _over_sum(a3, b3, c3, d3, EPS, VENDOR)
     row = comb + token * 16
     _store_row(row, a0, a1, a2, a3, real)
     _store_row(row + 4, b0, b1, b2, b3, real)
@@ -416,6 +452,7 @@ def _finish(
     ITERATIONS: tl.constexpr,
     TILE: tl.constexpr,
     TILES: tl.constexpr,
+    VENDOR: tl.constexpr,
 ):
     program = tl.program_id(0)
     if program < TILES:
@@ -433,7 +470,7 @@ def _finish(
             _column(twice, 7),
             real,
         )
-        _sinkhorn(logits, comb, token, real, ITERATIONS, EPS)
+        _sinkhorn(logits, comb, token, real, ITERATIONS, EPS, VENDOR)
     else:
         _collapse(
             streams,
@@ -512,7 +549,7 @@ def hc_pre(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     tiles = tiles or tiling(math.prod(streams.shape[:-2]))
     partial = _launch_project(streams, fn, tiles)
-    return _launch_finish(streams, partial, scale, base, sinkhorn_iters, eps, norm_eps, norm_weight, tiles)
+    return _launch_finish(streams, partial, scale, base, sinkhorn_iters, eps, norm_eps, norm_weight)
 
 
 def hc_post_pre(
@@ -537,16 +574,14 @@ def hc_post_pre(
         streams,
         post,
         comb,
-        fn,
+        _cut(fn) if tiles.cuts_first else fn,
         out=(jax.ShapeDtypeStruct(streams.shape, streams.dtype), partial),
         grid=grid,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         **constants,
     )
-    x, post, comb = _launch_finish(
-        new, partial, scale, base, sinkhorn_iters, eps, norm_eps, norm_weight, tiles
-    )
+    x, post, comb = _launch_finish(new, partial, scale, base, sinkhorn_iters, eps, norm_eps, norm_weight)
     return new, x, post, comb
 
 
@@ -598,7 +633,7 @@ def hc_head(
 
 def _shared_out(
     streams: jax.Array, fn: jax.Array, tiles: Tiling
-) -> tuple[jax.ShapeDtypeStruct, dict[str, int], tuple[int]]:
+) -> tuple[jax.ShapeDtypeStruct, dict[str, Any], tuple[int]]:
     """Shape of `partial`, constants and grid of the first kernel."""
     *outer, _, width = streams.shape
     tokens = math.prod(outer)
@@ -614,9 +649,17 @@ def _shared_out(
         "CHANNELS": tiles.channels,
         "COLUMNS": _COLUMNS,
         "STAGES": tiles.num_stages,
+        "CUT": tiles.cuts_first,
     }
     partial = jax.ShapeDtypeStruct((splits, tokens, _COLUMNS), jnp.float32)
     return partial, constants, (-(-tokens // tiles.tokens) * splits,)
+
+
+def _cut(fn: jax.Array) -> jax.Array:
+    """Three bfloat16 numbers whose sum is that of `fn`, [3, ROWS, 4*WIDTH]."""
+    high = jax.lax.reduce_precision(fn, 8, 7)  # which XLA leaves alone, unlike a cast and its way back
+    middle = jax.lax.reduce_precision(fn - high, 8, 7)
+    return jnp.stack([high, middle, fn - high - middle]).astype(jnp.bfloat16)
 
 
 def _launch_project(streams: jax.Array, fn: jax.Array, tiles: Tiling) -> jax.Array:
@@ -624,7 +667,7 @@ def _launch_project(streams: jax.Array, fn: jax.Array, tiles: Tiling) -> jax.Arr
     return triton_call(
         _project,
         streams,
-        fn,
+        _cut(fn) if tiles.cuts_first else fn,
         out=partial,
         grid=grid,
         num_warps=tiles.num_warps,
@@ -633,10 +676,12 @@ def _launch_project(streams: jax.Array, fn: jax.Array, tiles: Tiling) -> jax.Arr
     )
 
 
-def _launch_finish(streams, partial, scale, base, sinkhorn_iters, eps, norm_eps, norm_weight, tiles: Tiling):
+def _launch_finish(streams, partial, scale, base, sinkhorn_iters, eps, norm_eps, norm_weight):
     outer = streams.shape[:-2]
     tokens = math.prod(outer)
-    sinkhorns = -(-tokens // tiles.sinkhorn_tokens)
+    constants = _finish_constants(streams, partial, base, eps, norm_eps)
+    tile = max(1, min(16, 128 // constants["SPLITS_PADDED"]))  # tokens that fit a program's registers
+    tiles = -(-tokens // tile)
     return triton_call(
         _finish,
         streams,
@@ -649,13 +694,14 @@ def _launch_finish(streams, partial, scale, base, sinkhorn_iters, eps, norm_eps,
             jax.ShapeDtypeStruct((*outer, STREAMS), jnp.float32),
             jax.ShapeDtypeStruct((*outer, STREAMS, STREAMS), jnp.float32),
         ),
-        grid=(sinkhorns + tokens,),
-        num_warps=8,
+        grid=(tiles + tokens,),
+        # With one warp for each of the four schedulers, the Sinkhorn steps of few tokens are done soonest.
+        num_warps=4 if tokens <= 128 else 8,
         NORM=norm_weight is not None,
         ITERATIONS=sinkhorn_iters,
-        TILE=tiles.sinkhorn_tokens,
-        TILES=sinkhorns,
-        **_finish_constants(streams, partial, base, eps, norm_eps),
+        TILE=tile,
+        TILES=tiles,
+        **constants,
     )
 
 
@@ -663,15 +709,15 @@ def _collapsed(streams: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((*streams.shape[:-2], streams.shape[-1]), streams.dtype)
 
 
-def _finish_constants(streams, partial, base, eps: float, norm_eps: float) -> dict[str, int | float]:
+def _finish_constants(streams, partial, base, eps: float, norm_eps: float) -> dict[str, Any]:
     splits, tokens, columns = partial.shape
     return {
         "TOKENS": tokens,
         "WIDTH": streams.shape[-1],
-        "WIDTH_PADDED": triton.next_power_of_2(streams.shape[-1]),
+        "WIDTH_PADDED": 1 << (streams.shape[-1] - 1).bit_length(),
         "ROWS": base.size,
         "SPLITS": splits,
-        "SPLITS_PADDED": triton.next_power_of_2(splits),
+        "SPLITS_PADDED": 1 << (splits - 1).bit_length(),
         "COLUMNS": columns,
         "EPS": eps,
         "NORM_EPS": norm_eps,
