@@ -173,7 +173,10 @@ class Bench:
         self.name = f"triton w{arguments.weights[2:]}a{16 if self.activation is None else 8}"
         # The scales: a byte for 32 values; in FP8, four for 128 x 8.
         self.value_bytes = 0.5 + 1 / 32 if arguments.weights == "fp4" else 1 + 1 / 256
-        self.label = f"moe {arguments.model}" + ("" if arguments.weights == "fp4" else " fp8 weights")
+        other = [" fp8 weights"] * (arguments.weights == "fp8") + [" bf16 activations"] * (
+            not self.activation
+        )
+        self.label = f"moe {arguments.model}{''.join(other)}"
 
     def case(self, tokens: int) -> "Case":
         return Case(self, tokens)
@@ -299,7 +302,9 @@ def sweep(case: Case, deadline: float) -> Tilings | None:
 def write_tilings(operands: str, tilings: list[Tilings], path: Path) -> None:
     """The table of `tilings.tuned` with these in it, for these operands on this chip."""
     table = {arch: dict(listed) for arch, listed in tuned().items()}
-    table.setdefault(current_target().arch, {})[operands] = tilings
+    of_chip = table.setdefault(current_target().arch, {})
+    by_rows = {each.rows: each for each in (*of_chip.get(operands, ()), *tilings)}
+    of_chip[operands] = sorted(by_rows.values())
 
     def on_one_line(match: re.Match[str]) -> str:
         return re.sub(r"\s+", " ", match[0]).replace("[ ", "[").replace(" ]", "]")
@@ -321,7 +326,12 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, nargs="*", default=[1, 8, 32, 128, 512, 2048, 8192])
     parser.add_argument("--weights", choices=["fp4", "fp8"], default="fp4")
     parser.add_argument("--activation", choices=["fp8_token128", "none"], default="fp8_token128")
-    parser.add_argument("--tune", action="store_true", help="try candidate tilings instead of the table's")
+    parser.add_argument(
+        "--tune",
+        type=int,
+        nargs="*",
+        help="try candidate tilings first for these --tokens, by default for all",
+    )
     parser.add_argument("--tiles-out", type=Path, help="where --tune writes the table of tilings")
     parser.add_argument("--profile", action="store_true", help="print the kernels of a call and their times")
     parser.add_argument("--seconds", type=float, default=1e9, help="start no new case after so long")
@@ -342,10 +352,11 @@ def main() -> int:
             print(f"# stopped before T={tokens}: out of time", flush=True)
             break
         case = bench.case(tokens)
-        if arguments.tune:
-            tilings += [sizes for sizes in (sweep(case, deadline),) if sizes]
-            continue
-        row = case.measure(case.sizes)
+        sizes = case.sizes
+        if arguments.tune is not None and tokens in (arguments.tune or arguments.tokens):
+            sizes = sweep(case, deadline) or sizes
+            tilings.append(sizes)
+        row = case.measure(sizes)
         print(
             f"{bench.label} T={tokens} {bench.name}: {row['us']:.1f} us, floor {case.floor:.1f}"
             f" ({case.floor / row['us']:.0%}), error {row['rel_err']:.1e},"
@@ -354,10 +365,14 @@ def main() -> int:
         )
         if arguments.profile:
             calls = case.rounds * len(case.inputs)
-            times = kernel_times(case.prepare(case.mlp_with_plan(case.sizes), case.inputs), calls)
+            times = kernel_times(case.prepare(case.mlp_with_plan(sizes), case.inputs), calls)
             print_kernel_times(f"T={tokens}", times)
         if arguments.results:
-            head = {"id": f"{bench.label} T={tokens}", "implementation": bench.name, "floor_us": case.floor}
+            head = {
+                "id": f"{bench.label} T={tokens}",
+                "implementation": bench.name,
+                "floor_us": round(case.floor, 1),
+            }
             save([head | row | facts()], arguments.results)
     if tilings and arguments.tiles_out:
         write_tilings(kernels.operands(bench.weights[0], bench.activation), tilings, arguments.tiles_out)
