@@ -80,9 +80,10 @@ def prepare_experts(
     Returns:
       w1, w2, w3 for `expert_mlp`. Laid out anew, w1 holds the rows of gate and up and w3 is None.
     """
+    if not (isinstance(w1, QuantArray) and isinstance(w2, QuantArray) and isinstance(w3, QuantArray)):
+        return w1, w2, w3
     stacks = (w1, w2, w3)
-    whole = all(isinstance(w, QuantArray) and w.shape[-2] % 128 == w.shape[-1] % 128 == 0 for w in stacks)
-    if target.vendor == "cpu" or not whole:
+    if target.vendor == "cpu" or any(w.shape[-2] % 128 or w.shape[-1] % 128 for w in stacks):
         return stacks
     if all(w.format == "fp8_block128" for w in stacks):
         return interleave(to_rows(w1), to_rows(w3)), to_rows(w2), None

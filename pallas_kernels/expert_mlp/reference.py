@@ -12,20 +12,22 @@ from pallas_kernels.grouped_matmul import reference as grouped_matmul
 from pallas_kernels.routing import reference as routing
 from pallas_kernels.swiglu import reference as swiglu
 
-Weight = jax.Array | QuantArray | ExpertTiles | ExpertRows
+Stored = jax.Array | QuantArray
+Weight = Stored | ExpertTiles | ExpertRows
 
 
-def _as_stored(w1: Weight, w2: Weight, w3: Weight | None) -> tuple[Weight, Weight, Weight]:
+def _as_stored(w1: Weight, w2: Weight, w3: Weight | None) -> tuple[Stored, Stored, Stored]:
     """The three weights as in a checkpoint, of what `prepare_experts` made of them."""
-    if w3 is not None:
-        return w1, w2, w3
     if isinstance(w1, ExpertTiles) and isinstance(w2, ExpertTiles):
         gate, up = separate(from_tiles(w1))
         return gate, from_tiles(w2), up
-    assert isinstance(w1, ExpertRows)
-    assert isinstance(w2, ExpertRows)
-    gate, up = separate(w1)
-    return from_rows(gate), from_rows(w2), from_rows(up)
+    if isinstance(w1, ExpertRows) and isinstance(w2, ExpertRows):
+        gate, up = separate(w1)
+        return from_rows(gate), from_rows(w2), from_rows(up)
+    assert not isinstance(w1, ExpertTiles | ExpertRows)
+    assert not isinstance(w2, ExpertTiles | ExpertRows)
+    assert not isinstance(w3, ExpertTiles | ExpertRows | None)
+    return w1, w2, w3
 
 
 def expert_mlp(
@@ -38,19 +40,19 @@ def expert_mlp(
     limit: float,
     activation: str | None,
 ) -> jax.Array:
-    w1, w2, w3 = _as_stored(w1, w2, w3)
+    gate, down, up = _as_stored(w1, w2, w3)
     tokens, choices = experts.shape
-    order, group_sizes = routing.sort_by_expert(experts, w1.shape[0])
+    order, group_sizes = routing.sort_by_expert(experts, gate.shape[0])
 
-    def product(rows: jax.Array, weight: Weight) -> jax.Array:
+    def product(rows: jax.Array, weight: Stored) -> jax.Array:
         quantised = activation is not None and isinstance(weight, QuantArray)
         operand = activation_quant.activation_quant(rows) if quantised else rows
         return grouped_matmul.grouped_matmul(operand, weight, group_sizes, x.dtype)
 
     rows = x[order // choices]
     share = weights.reshape(-1)[order]
-    inner = swiglu.swiglu(product(rows, w1), product(rows, w3), share, limit, x.dtype)
-    out = product(inner, w2)
+    inner = swiglu.swiglu(product(rows, gate), product(rows, up), share, limit, x.dtype)
+    out = product(inner, down)
     # Back to (token, choice) order before the sum: a token's terms add up in one fixed order.
     back = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype))
     return out[back].reshape(tokens, choices, -1).astype(jnp.float32).sum(1)

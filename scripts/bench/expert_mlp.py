@@ -126,7 +126,7 @@ def relative_error(out: jax.Array, expected: jax.Array) -> float:
     return float(jnp.linalg.norm(out - expected) / jnp.linalg.norm(expected))
 
 
-def check(x, experts, plan, shares, inner, out, weights, activation) -> tuple[float, float]:
+def check(x, experts, plan, shares, inner, out, weights, activation) -> tuple[float, ...]:
     """Relative error of each product against float32 on the kernel's own inputs, for three experts."""
     w13, w2 = weights
     choices = experts.shape[1]
@@ -214,9 +214,12 @@ class Case:
 
     def mlp(self, sizes):
         """All but the plan, as a function of a planned request and the weights."""
-        return lambda request, weights: kernels.planned_mlp(
-            *request, *weights, LIMIT, self.bench.activation, sizes
-        )
+
+        def run(request, weights):
+            (x, plan, shares), (w13, w2) = request, weights
+            return kernels.planned_mlp(x, plan, shares, w13, w2, LIMIT, self.bench.activation, sizes)
+
+        return run
 
     def mlp_with_plan(self, sizes):
         count = self.bench.config.n_routed_experts
@@ -257,7 +260,8 @@ def sweep(case: Case, deadline: float) -> Tilings | None:
         inner = jnp.zeros((planned[0][2].size, bench.config.moe_intermediate_size), jnp.bfloat16) + 0.5
 
         def first(request, weights):
-            return kernels.gate_up(*request, weights[0], LIMIT, bench.activation, tile_rows, tiling)
+            x, plan, shares = request
+            return kernels.gate_up(x, plan, shares, weights[0], LIMIT, bench.activation, tile_rows, tiling)
 
         def second(request, weights):
             x, plan, _ = request
