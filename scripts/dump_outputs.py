@@ -155,7 +155,7 @@ def _one_block(config: Config, graphdef, params, streams, ids, cache: LayerCache
     attention, x = block.attn, block.attn_norm(block.hc_attn(streams)[0])
     positions = jnp.arange(ids.shape[1])[None]
     angles = rope_angles(positions, rope_frequencies(config, attention.ratio))
-    q_latent, _ = attention.queries(x, angles)
+    q_latent, _ = attention.latents(x)
     return out, after, attention.choose(x, q_latent, angles, positions, after)
 
 

@@ -57,12 +57,8 @@ class Attention(nnx.Module):
         """Attends from `length` new tokens, which stand from `position` on, to all before and themselves."""
         positions = position[:, None] + jnp.arange(x.shape[1])
         angles = rope_angles(positions, rope_frequencies(self.config, self.ratio))
-        q_latent, kv = products(x, self.wq_a, self.wkv)
-        if kv is None:
-            q_latent, kv = jnp.split(q_latent, [self.wq_a.rows], axis=-1)
-        q_latent = self.q_norm(q_latent)
-        q = self.queries(q_latent, angles)
-        kv = self.key_values(kv, angles)
+        q_latent, kv = self.latents(x)
+        q, kv = self.queries(q_latent, angles), self.key_values(kv, angles)
 
         window_kv, window_index = self._window(kv, position, cache)
         cache = self.remember(x, kv, position, length, cache)
@@ -82,6 +78,13 @@ class Attention(nnx.Module):
         )
         return self._project(rotate(out, angles[:, :, None], inverse=True)), cache
 
+    def latents(self, x: Float[Array, "B T M"]) -> tuple[Float[Array, "B T Q"], Float[Array, "B T D"]]:
+        """What queries are made of, which the indexer reads too; and what key-values are made of."""
+        q_latent, kv = products(x, self.wq_a, self.wkv)
+        if kv is None:
+            q_latent, kv = jnp.split(q_latent, [self.wq_a.rows], axis=-1)
+        return self.q_norm(q_latent), kv
+
     def queries(
         self, q_latent: Float[Array, "B T Q"], angles: Float32[Array, "B T pairs"]
     ) -> Float[Array, "B T H D"]:
@@ -94,7 +97,7 @@ class Attention(nnx.Module):
     def key_values(
         self, kv: Float[Array, "B T D"], angles: Float32[Array, "B T pairs"]
     ) -> Float[Array, "B T D"]:
-        """The key-value of each token, fresh from `wkv`, as the window keeps it."""
+        """The key-value of each token, from its latent, as the window keeps it."""
         kv = rotate(self.kv_norm(kv), angles)
         return self.numerics.quantize_kv(kv, self.config.qk_rope_head_dim)
 

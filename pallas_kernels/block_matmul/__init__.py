@@ -13,6 +13,20 @@ from pallas_kernels.target import Target
 MOST_NUMBERS = 2**31  # the kernels' offsets have 32 bits
 
 
+def _mosaic_block_matmul(*args, **kwargs):
+    from pallas_kernels.block_matmul import mosaic  # an import that only a Hopper GPU needs
+
+    return mosaic.block_matmul(*args, **kwargs)
+
+
+def _mosaic_fits(target: Target, x, weight, out_dtype) -> bool:
+    if target.vendor != "cuda" or target.arch != "sm_90":
+        return False
+    from pallas_kernels.block_matmul import mosaic
+
+    return mosaic.fits(target, x, weight, out_dtype)
+
+
 def _triton_block_matmul(*args, **kwargs):
     from pallas_kernels.block_matmul import triton  # Triton is an extra that a CPU does without
 
@@ -43,6 +57,7 @@ def _triton_fits_diagonal(target: Target, x, weight, out_dtype) -> bool:
 
 
 MATMUL = (
+    Implementation("mosaic", _mosaic_block_matmul, fits=_mosaic_fits),
     Implementation("triton", _triton_block_matmul, fits=_triton_fits),
     Implementation("reference", reference.block_matmul),
 )

@@ -3,15 +3,15 @@
 The tensor core's sum over 128 columns has to leave it, be scaled, and be added in float32 ("promotion"). One
 program cannot do that and keep the tensor core busy. So a multiprocessor holds three warpgroups for its whole
 life: one brings tiles of both operands into a ring of stages, and two multiply them, each for its half of the
-tokens; while one promotes, the tensor core has the other's product to work on.
+tokens; while one promotes, the tensor core has the other's product to work on. The tensor core would serve
+both at once, both would be done at once, and it would be idle while both promote: hence they take turns.
 
 A tile's place in the result, and so the order of tiles, is a number that all warpgroups count by themselves.
 """
 
 import functools
 import math
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,14 +32,17 @@ from pallas_kernels.target import Target
 CONSUMERS = 2  # warpgroups that multiply
 HEIGHT = 64  # tokens of one tensor core product
 OUT_COLUMNS = 64  # of bfloat16: as wide as the swizzle, 128 bytes
-FEWEST_TOKENS = 256  # below, reading the weights is most of the work, and Triton's kernels do that as well
+FEWEST_TOKENS = 512  # below, reading the weights is most of the work, and Triton's kernels do that as well
 SHARED_BYTES = 232448 - 1024  # what a program may have on Hopper, less room for barriers
 MULTIPROCESSORS = 132
+STEP_COST = (
+    8000  # of a block of columns beside its products, in units of the tile's size; measured on an H200
+)
+TURN = 8  # and the next: numbers of the barriers that hand over the tensor core; Mosaic has the low ones
 # Registers of a thread once all know their part: 128 threads that load, 256 that multiply, 168 each at first.
 LOADING_REGISTERS, MULTIPLYING_REGISTERS = 40, 232
 
 SWIZZLED = (plgpu.SwizzleTransform(128),)  # pyright: ignore[reportAbstractUsage]
-FP8_TILED = (plgpu.TilingTransform((8, 128)), *SWIZZLED)  # pyright: ignore[reportAbstractUsage]
 ROW = plgpu.Layout.WGMMA.reduce(1)  # one number a token, where a product has that token
 
 
@@ -51,19 +54,18 @@ class Config(NamedTuple):
       rows: rows of the weight in a tile: 64, 128, 192 or 256.
       stages: blocks of 128 columns that are under way or in use.
       slots: pieces of 64 x 64 of the result that a consumer can have on their way out.
-      share: what the two programs of a cluster load together, or "" for programs on their own.
       band: tiles of tokens that go before the next ones, so that the L2 cache holds what they share.
-      product: "ptx", our own instructions, or "wgmma", Mosaic's: those start at sums of zero, which must be
-        written first, and take numbers of tokens that are multiples of 8 only.
+      cluster: programs, 1 or 2, that load the larger of their operands together, each half of it for both.
+      turns: whether the two warpgroups use the tensor core one after the other.
     """
 
     tokens: int = 128
     rows: int = 128
     stages: int = 5
     slots: int = 2
-    share: Literal["", "x", "w"] = ""
     band: int = 8
-    product: Literal["ptx", "wgmma"] = "ptx"
+    cluster: int = 1
+    turns: bool = False
 
     @property
     def shared_bytes(self) -> int:
@@ -74,6 +76,13 @@ class Config(NamedTuple):
     def width(self) -> int:
         """Columns of one tensor core product: its sums need registers beside those of the running ones."""
         return self.rows if self.rows <= 192 else 128
+
+    @property
+    def shared(self) -> str:
+        """What a cluster shares, "x" or "w"; its programs differ in the other."""
+        if self.cluster == 1:
+            return ""
+        return "x" if self.tokens >= self.rows else "w"
 
 
 class Shape(NamedTuple):
@@ -97,14 +106,14 @@ def fits(target: Target, x: Any, weight: Any, out_dtype: Any) -> bool:
 
 
 def config_for(shape: Shape) -> Config:
-    """The tiles that are done soonest, when a round of programs takes as long as its tile is large."""
+    """The tiles that are done soonest; a round of programs takes as long as its tile is large, and a bit."""
+    if shape in MEASURED:
+        return MEASURED[shape]
 
     def cost(config: Config) -> float:
         tiles = -(-shape.tokens // config.tokens) * -(-shape.rows // config.rows)
         rounds = -(-tiles // MULTIPROCESSORS)
-        # Small tiles read each operand more often and are bound by that.
-        traffic = (config.tokens + config.rows) / (config.tokens * config.rows)
-        return rounds * config.tokens * config.rows * (0.8 + 16 * traffic)
+        return rounds * (config.tokens * config.rows + STEP_COST)
 
     possible = [each for each in CONFIGS if each.tokens <= shape.tokens and each.rows <= max(shape.rows, 64)]
     return min(possible, key=cost)
@@ -117,6 +126,8 @@ CONFIGS = (
     Config(128, 128, stages=6),
     Config(128, 64, stages=8),
 )
+# Where on an H200 another was faster than the rule's.
+MEASURED = {Shape(512, 32768, 1024): Config(128, 192, stages=4, slots=3)}
 
 
 # --- what a tile is
@@ -131,50 +142,52 @@ class Plan(NamedTuple):
     @property
     def down(self) -> int:
         """Clusters' tiles, along the tokens."""
-        return -(-self.shape.tokens // (self.config.tokens * (2 if self.config.share == "w" else 1)))
+        return -(-self.shape.tokens // (self.config.tokens * (2 if self.config.shared == "w" else 1)))
 
     @property
     def across(self) -> int:
         """Clusters' tiles, along the rows of the weight."""
-        return -(-self.shape.rows // (self.config.rows * (2 if self.config.share == "x" else 1)))
+        return -(-self.shape.rows // (self.config.rows * (2 if self.config.shared == "x" else 1)))
 
     @property
     def steps(self) -> int:
         return self.shape.columns // BLOCK
 
     @property
-    def cluster(self) -> int:
-        return 2 if self.config.share else 1
-
-    @property
     def clusters(self) -> int:
         """As many as run at once, or fewer if there is not a tile for each."""
-        return min(MULTIPROCESSORS // self.cluster, self.down * self.across)
+        return min(MULTIPROCESSORS // self.config.cluster, self.down * self.across)
 
     def start(self, tile: jax.Array, member: jax.Array) -> tuple[jax.Array, jax.Array]:
         """First token and first row of a cluster's tile, for one program of the cluster."""
-        share, band = self.config.share, self.config.band
+        shared, band = self.config.shared, self.config.band
         first = lax.div(tile, band * self.across) * band
         place = lax.rem(tile, band * self.across)
         high = jnp.minimum(self.down - first, band)
         down, across = first + lax.rem(place, high), lax.div(place, high)
-        if share == "w":
+        if shared == "w":
             down = 2 * down + member
-        if share == "x":
+        if shared == "x":
             across = 2 * across + member
         # A last tile that would reach past the tokens starts earlier: some are computed twice, to the same
         # bits, and none is read that does not exist.
         token = jnp.minimum(down * self.config.tokens, self.shape.tokens - self.config.tokens)
-        if self.config.product == "wgmma":
-            token = pl.multiple_of(token, 8)
         return token, across * self.config.rows
 
 
 # --- the tensor core
 
 
-def _ptx_product(
-    x_ref: Any, w_ref: Any, slot: jax.Array, token: jax.Array, row: int, spent: jax.Array
+def _product(
+    x_ref: Any,
+    w_ref: Any,
+    group: jax.Array,
+    slot: jax.Array,
+    token: jax.Array,
+    row: int,
+    spent: jax.Array,
+    *,
+    turns: bool,
 ) -> jax.Array:
     """[64, width] sums over the 128 columns of a stage, complete on return, in the registers of `spent`.
 
@@ -187,7 +200,7 @@ def _ptx_product(
     width = spent.shape[1]
 
     def emit(
-        _, x: ir.Value, w: ir.Value, slot: Any, token: Any, spent: mgpu.FragmentedArray
+        _, x: ir.Value, w: ir.Value, group: Any, slot: Any, token: Any, spent: mgpu.FragmentedArray
     ) -> mgpu.FragmentedArray:
         i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
 
@@ -199,11 +212,12 @@ def _ptx_product(
 
         spent = spent.to_layout(WGMMA_LAYOUT_ACC_32BIT)
         registers = [vector.extract(each, [], [0]) for each in spent.registers.flat]
+        addresses = address(x, token.registers.item()), address(w, mgpu_utils.c(row, i32))
         results = llvm.inline_asm(
             llvm.StructType.get_literal([f32] * len(registers)),
-            [*registers, address(x, token.registers.item()), address(w, mgpu_utils.c(row, i32))],
-            _wgmma_ptx(width),
-            ",".join(["=f"] * len(registers) + [str(n) for n in range(len(registers))] + ["r", "r"]),
+            [*registers, *addresses, group.registers.item()],
+            _product_ptx(width, turns),
+            ",".join(["=f"] * len(registers) + [str(n) for n in range(len(registers))] + ["r", "r", "r"]),
             has_side_effects=True,
         )
         values = [llvm.extractvalue(f32, results, [n]) for n in range(len(registers))]
@@ -215,45 +229,63 @@ def _ptx_product(
         ).to_layout(WGMMA_LAYOUT)
 
     inline: Any = plgpu.inline_mgpu(
-        arg_types=(*(plgpu.RefType(SWIZZLED),) * 2, *(plgpu.Layout.WG_SPLAT,) * 2, plgpu.Layout.WGMMA),
+        arg_types=(*(plgpu.RefType(SWIZZLED),) * 2, *(plgpu.Layout.WG_SPLAT,) * 3, plgpu.Layout.WGMMA),
         return_type=plgpu.ShapeDtypeStruct((HEIGHT, width), jnp.float32, layout=plgpu.Layout.WGMMA),
     )
-    return inline(emit)(x_ref, w_ref, slot, token, spent)
+    return inline(emit)(x_ref, w_ref, group, slot, token, spent)
 
 
-def _wgmma_ptx(width: int) -> str:
-    """The product of 128 columns, given the addresses of both operands' rows behind the sums, in and out."""
+def _product_ptx(width: int, turns: bool) -> str:
+    """The product of 128 columns: the sums, in and out, both operands' addresses, the warpgroup's number.
+
+    With turns it starts when the other warpgroup says so, which that does while the last of its instructions
+    runs: the tensor core then goes from one product to the next, and has one of them at a time.
+    """
     registers = width // 2
     sums = ", ".join(f"${n}" for n in range(registers))
+    x, w, group = (f"${registers + n + registers}" for n in range(3))
     # Upper half of a descriptor: 128-byte swizzle; 1024 bytes, in units of 16, from eight rows to the next.
     upper = (1 << 30) | (1024 >> 4)
-    lines = [".reg .pred add;", ".reg .b32 low;", ".reg .b64 x, w;", "wgmma.fence.sync.aligned;"]
-    for name, place in (("x", 2 * registers), ("w", 2 * registers + 1)):
-        lines += [f"bfe.u32 low, ${place}, 4, 14;", f"mov.b64 {name}, {{low, {upper}}};"]
+    lines = [".reg .pred never;", ".reg .b32 low, mine, other;", ".reg .b64 x, w;"]
+    for name, place in (("x", x), ("w", w)):
+        lines += [f"bfe.u32 low, {place}, 4, 14;", f"mov.b64 {name}, {{low, {upper}}};"]
+    # No address of shared memory is that high, not in a cluster either, where the program's number is in the
+    # upper bits. The assembler does not know: it would see that the first of the instructions does not need
+    # the old sums and choose other registers, and would wait for the turn before it promotes the old sums,
+    # which a loop around the wait prevents.
+    lines.append(f"setp.gt.u32 never, {x}, 0x7fffffff;")
+    if turns:
+        lines += [f"add.s32 mine, {group}, {TURN};", f"sub.s32 other, {2 * TURN + 1}, {group};"]
+        lines += ["WAIT:", f"bar.sync mine, {CONSUMERS * 128};", "@never bra WAIT;"]
+    lines.append("wgmma.fence.sync.aligned;")
     for step in range(BLOCK // 32):
         if step:
             lines += ["add.s64 x, x, 2;", "add.s64 w, w, 2;"]  # 32 bytes further
-        # No shared memory lies that high, so the first does not add. The assembler must not know: it would
-        # see that the old sums do not matter and choose other registers.
-        lines.append("setp.ne.b32 add, 1, 0;" if step else f"setp.gt.u32 add, ${2 * registers}, 0xffffff;")
         instruction = f"wgmma.mma_async.sync.aligned.m64n{width}k32.f32.e4m3.e4m3"
-        lines.append(f"{instruction} {{{sums}}}, x, w, add, 1, 1;")
-    lines += ["wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligned 0;"]
+        lines.append(f"{instruction} {{{sums}}}, x, w, {'1' if step else 'never'}, 1, 1;")
+        if turns and step == BLOCK // 32 - 2:
+            lines.append("wgmma.commit_group.sync.aligned;")
+    lines.append("wgmma.commit_group.sync.aligned;")
+    if turns:
+        lines += ["wgmma.wait_group.sync.aligned 1;", f"bar.arrive other, {CONSUMERS * 128};"]
+    lines.append("wgmma.wait_group.sync.aligned 0;")
     return "{ " + "\n".join(lines) + " }"
 
 
-def _wgmma_product(
-    x_ref: Any, w_ref: Any, slot: jax.Array, token: jax.Array, row: int, spent: jax.Array
-) -> jax.Array:
-    """The same, by Mosaic's instructions."""
-    width = spent.shape[1]
+def _turn(what: str, group: int) -> None:
+    """Lets a warpgroup have its turn ("arrive"), or waits for one ("sync")."""
 
-    def product(sums: Any) -> jax.Array:
-        x = x_ref.at[slot, pl.ds(token, HEIGHT)]
-        plgpu.wgmma(sums, x, w_ref.at[slot, pl.ds(row, width)].transpose((1, 0)))
-        return sums[...]
+    def emit(_) -> None:
+        mgpu_utils.inline_ptx(f"bar.{what} {TURN + group}, {CONSUMERS * 128};", has_side_effects=True)
 
-    return pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((HEIGHT, width), jnp.float32))
+    inline: Any = plgpu.inline_mgpu()
+    inline(emit)()
+
+
+def _meet() -> None:
+    """Waits until all warps of the warpgroup are here."""
+    inline: Any = plgpu.inline_mgpu()
+    inline(lambda _: mgpu_utils.warpgroup_barrier())()
 
 
 # --- scales
@@ -288,7 +320,7 @@ def _kernel(plan: Plan, x: Any, x_scale: Any, w: Any, w_scale: Any, out: Any, *s
     x_tiles, w_tiles, out_pieces, full, free = scratch
     config, (_, rows, _), steps = plan.config, plan.shape, plan.steps
     group, program = lax.axis_index("warpgroup"), lax.axis_index("program")
-    member = lax.axis_index("member") if plan.cluster > 1 else jnp.int32(0)
+    member = lax.axis_index("member") if config.cluster > 1 else jnp.int32(0)
     tiles = plan.down * plan.across
     mine = lax.div(tiles - program + plan.clusters - 1, jnp.int32(plan.clusters))  # tiles of this cluster
 
@@ -318,7 +350,7 @@ def _kernel(plan: Plan, x: Any, x_scale: Any, w: Any, w_scale: Any, out: Any, *s
                         source.at[pl.ds(at, tile.shape[1]), columns],
                         tile.at[slot],
                         full.at[slot],
-                        collective_axes="member" if config.share == name else None,
+                        collective_axes="member" if config.shared == name else None,
                     )
 
         # The other program of a cluster may still report here: leave when all has been reported.
@@ -330,7 +362,6 @@ def _kernel(plan: Plan, x: Any, x_scale: Any, w: Any, w_scale: Any, out: Any, *s
 
     def consumer() -> None:
         plgpu.set_max_registers(MULTIPLYING_REGISTERS, action="increase")
-        product = _ptx_product if config.product == "ptx" else _wgmma_product
         half = config.tokens // CONSUMERS
         waves, width = half // HEIGHT, config.width
         chunk = math.gcd(config.rows, BLOCK)  # rows of a tile that share their scales, wherever it starts
@@ -364,8 +395,11 @@ def _kernel(plan: Plan, x: Any, x_scale: Any, w: Any, w_scale: Any, out: Any, *s
                 plgpu.barrier_wait(full.at[slot])
                 sums = [list(each) for each in sums]
                 for wave, row in pieces:
-                    part = product(x_tiles, w_tiles, slot, group * half + wave * HEIGHT, row, part)
+                    token = group * half + wave * HEIGHT
+                    part = _product(x_tiles, w_tiles, group, slot, token, row, part, turns=config.turns)
                     if (wave, row) == pieces[-1]:
+                        if config.cluster > 1:
+                            _meet()  # one thread alone reports to both programs
                         plgpu.barrier_arrive(free.at[slot])
                     for n in range(0, width, chunk):
                         place = (row + n) // chunk
@@ -404,8 +438,12 @@ def _kernel(plan: Plan, x: Any, x_scale: Any, w: Any, w_scale: Any, out: Any, *s
             write(number, sums)
             return coming
 
+        if config.turns:
+            pl.when(group == 1)(lambda: _turn("arrive", 0))  # the other is the first
         lax.fori_loop(0, mine, one_tile, load_scales(jnp.int32(0), jnp.int32(0)))
         plgpu.wait_smem_to_gmem(0)
+        if config.turns:
+            pl.when(group == 0)(lambda: _turn("sync", 0))  # what the other's last product left behind
 
     lax.cond(group == CONSUMERS, producer, consumer)
 
@@ -422,26 +460,29 @@ def _launch(
 ) -> jax.Array:
     """[tokens, rows] in bfloat16. A jit of its own, so that calls of one shape share one lowering."""
     plan = Plan(Shape(x.shape[0], *w.shape), config)
-    fp8 = SWIZZLED if config.product == "ptx" else FP8_TILED
-    barrier: Callable[..., Any] = plgpu.Barrier
-    if plan.cluster > 1:
-        barrier = functools.partial(plgpu.ClusterBarrier, collective_axes=("member",))
+    free: Any = plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=config.stages)
+    if config.cluster > 1:
+        free = plgpu.ClusterBarrier(
+            collective_axes=("member",), num_arrivals=CONSUMERS, num_barriers=config.stages
+        )
     return plgpu.kernel(
         functools.partial(_kernel, plan),
         out_type=jax.ShapeDtypeStruct((x.shape[0], w.shape[0]), jnp.bfloat16),
         scratch_types=(
-            plgpu.SMEM((config.stages, config.tokens, BLOCK), x.dtype, transforms=fp8),
-            plgpu.SMEM((config.stages, config.rows, BLOCK), w.dtype, transforms=fp8),
+            plgpu.SMEM((config.stages, config.tokens, BLOCK), x.dtype, transforms=SWIZZLED),
+            plgpu.SMEM((config.stages, config.rows, BLOCK), w.dtype, transforms=SWIZZLED),
             plgpu.SMEM((CONSUMERS, config.slots, HEIGHT, OUT_COLUMNS), jnp.bfloat16, transforms=SWIZZLED),
             plgpu.Barrier(num_arrivals=2, num_barriers=config.stages),
-            barrier(num_arrivals=CONSUMERS, num_barriers=config.stages),
+            free,
         ),
         grid=(plan.clusters,),
         grid_names=("program",),
-        cluster=(plan.cluster,) if plan.cluster > 1 else (),
-        cluster_names=("member",) if plan.cluster > 1 else (),
+        cluster=(config.cluster,) if config.cluster > 1 else (),
+        cluster_names=("member",) if config.cluster > 1 else (),
         num_threads=CONSUMERS + 1,
         thread_name="warpgroup",
+        # Only copies write what the products read, and what is copied out has its barriers already.
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
         interpret=interpret,
         kernel_name=f"block_matmul_{config.tokens}x{config.rows}",
     )(x, x_scale, w, w_scale)
@@ -458,7 +499,7 @@ def block_matmul(
     *outer, columns = x.shape
     shape = Shape(math.prod(outer), weight.shape[0], columns)
     config = config or config_for(shape)
-    if shape.tokens < config.tokens or (config.product == "wgmma" and shape.tokens % 8):
+    if shape.tokens < config.tokens:
         raise ValueError(f"{config} does not take {shape.tokens} tokens")
     if config.shared_bytes > SHARED_BYTES:
         raise ValueError(

@@ -20,12 +20,27 @@ def _run_triton(*args, **kwargs):
     return triton.expert_mlp(*args, **kwargs)
 
 
+def _run_mosaic(*args, **kwargs):
+    from pallas_kernels.expert_mlp import mosaic
+
+    return mosaic.expert_mlp(*args, **kwargs)
+
+
+def _mosaic_fits(target: Target, *args) -> bool:
+    if target.arch != "sm_90" or not _triton_fits(target, *args):
+        return False
+    from pallas_kernels.expert_mlp import mosaic
+
+    return mosaic.fits(target, *args)
+
+
 def _triton_fits(target: Target, x, experts, weights, w1, w2, w3, limit, activation) -> bool:
     prepared = w3 is None and all(isinstance(w, ExpertTiles | ExpertRows) for w in (w1, w2))
     return target.vendor != "cpu" and prepared and x.dtype == jnp.bfloat16 and x.size > 0
 
 
 IMPLEMENTATIONS = (
+    Implementation("mosaic", _run_mosaic, fits=_mosaic_fits),
     Implementation("triton", _run_triton, fits=_triton_fits),
     Implementation("reference", reference.expert_mlp),
 )

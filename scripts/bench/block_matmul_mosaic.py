@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Times the Mosaic GPU kernel of FP8 products at many tokens, over configurations of its tiles.
+"""Times the Mosaic GPU kernel of FP8 products at many tokens: the tiles it chooses, or others as well.
 
 Cases, weights and timing are those of block_matmul.py. Every configuration is checked against the reference
 before and after it is timed, row by row: one bad piece of a large result would hide in the error of all.
 
   python scripts/bench/block_matmul_mosaic.py --results scripts/bench/results/h200.json
-  python scripts/bench/block_matmul_mosaic.py --shapes wo_b --tokens 8192 --configs "256 128 4 2 x,128 128 6"
+  python scripts/bench/block_matmul_mosaic.py --sweep
+  python scripts/bench/block_matmul_mosaic.py --shapes wo_b --tokens 8192 --configs "256 128 4 2 8 2 1"
 """
 
 import argparse
@@ -23,51 +24,41 @@ import jax.numpy as jnp
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from block_matmul import COLD_BYTES, MOST_ERROR, SHAPES, Case, program, random_arrays
+from block_matmul import COLD_BYTES, MODELS, MOST_ERROR, SHAPES, Case, program, random_arrays
 from harness import facts, median_us, save
 
 from pallas_kernels.block_matmul import mosaic, reference
 from pallas_kernels.block_matmul.mosaic import Config, Shape, config_for
 
-# By the most tokens they are for: tokens, rows, stages, slots, share ("-" for none), band, product.
-CANDIDATES = {
-    512: "128 64 8,128 64 8 1 x,128 128 6,128 128 6 2 x,128 128 6 2 w,128 192 4 3,256 128 4,256 128 4 2 x,"
-    "128 128 6 2 - 8 wgmma",
-    2048: "256 128 4,256 128 4 2 x,256 128 4 2 w,128 256 4 2 w,256 128 3 4 x,128 192 4 3,128 192 4 3 w,"
-    "128 128 6 2 x,128 128 6 2 - 8 wgmma",
-    8192: "256 128 4,256 128 4 2 x,256 128 4 2 w,256 128 4 2 x 16,128 256 4 2 w,256 128 3 4 x,128 192 4 3 w,"
-    "128 128 6 2 x,128 128 6 2 - 8 wgmma",
-}
-FEWEST_TILES = 48  # fewer leave most of the chip idle
+# wo_a, whose groups are products of their own, takes bfloat16.
+MODEL_SHAPES = {model: [name for name in names if SHAPES[name][2] == 1] for model, names in MODELS.items()}
+WIDE = 1024  # tokens, from where on the larger tiles are worth a try
 
 
 def parse(text: str) -> Config:
-    """The Config of "256 128 4 2 x 8 ptx"; what is missing at the end keeps its default."""
-    fields: dict[str, Any] = dict(zip(Config._fields, text.split(), strict=False))
-    for name, value in fields.items():
-        if name == "share":
-            fields[name] = value.replace("-", "")
-        elif name != "product":
-            fields[name] = int(value)
-    return Config(**fields)
+    """The Config of "256 128 4 2 8 1 0"; what is missing at the end keeps its default."""
+    numbers = [int(number) for number in text.split()]
+    fields: dict[str, Any] = dict(zip(Config._fields, numbers, strict=False))
+    return Config(**fields | {"turns": bool(fields.get("turns", Config().turns))})
 
 
 def shown(config: Config) -> str:
-    return " ".join(str(field) if field != "" else "-" for field in config)
+    return " ".join(str(int(field)) for field in config)
 
 
-def configs(case: Case, listed: str | None) -> list[Config]:
-    """Those to try, the default first; of the table only what gives most of the chip something to do."""
-    rows, columns, _ = SHAPES[case.name]
+def configs(case: Case, listed: str | None, sweep: bool) -> list[Config]:
+    """Those to measure, the kernel's own choice first."""
     if listed:
         return [parse(each) for each in listed.split(",")]
-    table = CANDIDATES[min((most for most in CANDIDATES if most >= case.tokens), default=max(CANDIDATES))]
-    chosen = [config_for(Shape(case.tokens, rows, columns))]
-    for config in map(parse, table.split(",")):
-        tiles = math.ceil(case.tokens / config.tokens) * math.ceil(rows / config.rows)
-        if config not in chosen and config.tokens <= case.tokens and tiles >= FEWEST_TILES:
-            chosen.append(config)
-    return chosen
+    rows, columns, _ = SHAPES[case.name]
+    chosen = config_for(Shape(case.tokens, rows, columns))
+    if not sweep:
+        return [chosen]
+    others = [chosen._replace(cluster=cluster, turns=turns) for cluster in (1, 2) for turns in (True, False)]
+    if case.tokens >= WIDE:
+        wide = Config(128, 192, stages=4, slots=3), Config(256, 128, stages=4)
+        others = [*others[:3], *(each._replace(cluster=2, turns=True) for each in wide)]
+    return list(dict.fromkeys([chosen, *others]))
 
 
 @jax.jit
@@ -122,13 +113,14 @@ def print_row(case: Case, config: Config, us: float, error: float) -> None:
     print(f"{case.id:46} {shown(config):28} {us:8.2f} us  {share:16} worst {error:.1e}{doubt}", flush=True)
 
 
-def measure(arguments: argparse.Namespace, started: float) -> list[dict[str, Any]]:
-    """The row of results of each case: its fastest configuration that is right."""
-    rows = []
-    for name in arguments.shapes:
+def measure(arguments: argparse.Namespace, started: float) -> None:
+    """Prints all and saves a row of results for each case: its fastest configuration that is right."""
+    for name in arguments.shapes or MODEL_SHAPES[arguments.model]:
         cases = [Case(name, tokens) for tokens in sorted(arguments.tokens, reverse=True)]
         bench = Bench(name, max(arguments.tokens))
-        jobs = [(case, config) for case in cases for config in configs(case, arguments.configs)]
+        jobs = [
+            (case, config) for case in cases for config in configs(case, arguments.configs, arguments.sweep)
+        ]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             futures = [pool.submit(bench.prepare, *job) for job in jobs]
         print(f"# {name}: {len(jobs)} programs ready at {time.perf_counter() - started:.0f} s", flush=True)
@@ -148,22 +140,28 @@ def measure(arguments: argparse.Namespace, started: float) -> list[dict[str, Any
         for case, (us, config, error) in best.items():
             row = {"id": case.id, "implementation": "mosaic", "us": round(us, 2)}
             more = {"floor_us": round(case.floor_us, 1), "rel_err": error, "config": list(config)}
-            rows.append(row | more | facts())
+            if arguments.results:
+                save([row | more | facts()], arguments.results)
             print(f"# best {case.id}: {shown(config)} {us:.2f} us", flush=True)
         if time.perf_counter() - started > arguments.seconds:
             print(f"# stopped after {name}: out of time", flush=True)
             break
-    return rows
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    fp8 = [name for name, (_, _, groups) in SHAPES.items() if groups == 1]  # Flash, then Pro
-    parser.add_argument("--shapes", nargs="*", choices=fp8, default=fp8[:4])
+    parser.add_argument("--model", choices=list(MODELS), default="flash")
+    parser.add_argument(
+        "--shapes",
+        nargs="*",
+        choices=[name for names in MODEL_SHAPES.values() for name in names],
+        help="in place of --model",
+    )
     parser.add_argument("--tokens", type=int, nargs="*", default=[512, 2048, 8192])
-    parser.add_argument("--configs", help='in place of the table: "256 128 4 2 x 8 ptx,128 128 6"')
+    parser.add_argument("--sweep", action="store_true", help="measure what might be faster, too")
+    parser.add_argument("--configs", help='these alone, fields of Config: "256 128 4 2 8 2 1,128 128 6"')
     parser.add_argument("--seconds", type=float, default=1e9, help="start no new shape after so long")
     parser.add_argument("--ptxas", action="store_true", help="let the assembler print registers and spills")
     parser.add_argument("--results", type=Path, help="JSON file to add rows to")
@@ -174,9 +172,7 @@ def main() -> int:
     # Calls that do not depend on each other must not run side by side, as they never do in a model.
     flags = "--xla_gpu_command_buffer_scheduling_mode=SERIALIZE"
     os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}"
-    rows = measure(arguments, started)
-    if arguments.results and rows:
-        save(rows, arguments.results)
+    measure(arguments, started)
     print(f"# done in {time.perf_counter() - started:.0f} s")
     return 0
 

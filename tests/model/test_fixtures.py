@@ -118,7 +118,7 @@ def _indexer(attention: Attention, x, cache: LayerCache):
     assert cache.index is not None
     positions = jnp.arange(x.shape[1])[None]
     angles = rope_angles(positions, rope_frequencies(attention.config, attention.ratio))
-    q_latent = attention.q_norm(attention.wq_a(x))
+    q_latent, _ = attention.latents(x)
     q, weights = attention.indexer.queries(x, q_latent, angles[:, :, None])
     scores = index_scores(q, cache.index.entries, weights)[0]
     return scores, attention.choose(x, q_latent, angles, positions, cache)[0]
