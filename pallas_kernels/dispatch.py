@@ -30,11 +30,13 @@ class Implementation:
       name: "reference", "triton" or "mosaic".
       run: the function; all implementations of an op share one signature.
       fits: whether `run` works on a target, given the op's own arguments.
+      proven: whether it was held against the definition on a device; until then it runs only if asked for.
     """
 
     name: str
     run: Callable[..., Any]
     fits: Callable[..., bool] = lambda target, *args, **kwargs: True
+    proven: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +120,7 @@ def known_implementations() -> Mapping[str, tuple[str, ...]]:
 
 
 def select(implementations: Sequence[Implementation], name: str | None, *args: Any, **kwargs: Any) -> Any:
-    """Runs the implementation called `name`, or with None the chosen or first that fits, on the arguments.
+    """Runs the implementation called `name`, or with None the chosen or first proven that fits.
 
     `implementations` go from fastest to slowest and end with the reference. A named one never falls back.
     A GPU that is left with the reference, though nobody chose it, logs it once per function.
@@ -138,7 +140,8 @@ def select(implementations: Sequence[Implementation], name: str | None, *args: A
         return named[0].run(*args, **kwargs)
     op = implementations[-1].run.__module__.split(".")[-2:][0]
     wanted = _chosen.value.of(op)
-    wanted_first = sorted(implementations, key=lambda each: each.name != wanted)
+    eligible = [each for each in implementations if each.proven or each.name == wanted]
+    wanted_first = sorted(eligible, key=lambda each: each.name != wanted)
     chosen = next(each for each in wanted_first if each.fits(target, *args, **kwargs))
     if chosen.name != wanted:
         _say_why(op, implementations, chosen, target, (*args, *kwargs.values()))
@@ -163,7 +166,8 @@ def _say_why(
     elif chosen.name != "reference" or target.vendor == "cpu":
         return
     else:
-        why = f"no kernel takes {call}" if len(implementations) > 1 else f"{function} has no kernel yet"
+        kernels = [each for each in implementations[:-1] if each.proven]
+        why = f"no kernel takes {call}" if kernels else f"{function} has no proven kernel yet"
     if (op, function, asked, target) not in _said:
         _said.add((op, function, asked, target))
         _log.warning("%s runs its %s on %s: %s", op, chosen.name, target.arch or target.vendor, why)

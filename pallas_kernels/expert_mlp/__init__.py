@@ -40,7 +40,7 @@ def _triton_fits(target: Target, x, experts, weights, w1, w2, w3, limit, activat
 
 
 IMPLEMENTATIONS = (
-    Implementation("mosaic", _run_mosaic, fits=_mosaic_fits),
+    Implementation("mosaic", _run_mosaic, fits=_mosaic_fits, proven=False),
     Implementation("triton", _run_triton, fits=_triton_fits),
     Implementation("reference", reference.expert_mlp),
 )

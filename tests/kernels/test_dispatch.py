@@ -205,7 +205,7 @@ def test_the_log_names_quantised_arguments_and_an_op_without_kernels(on_mi350, c
     call = "block_matmul(float32[1, 256], QuantArray[128, 256], bfloat16)"
     assert [record.getMessage() for record in caplog.records] == [
         f"block_matmul runs its reference on gfx950: no kernel takes {call}",
-        "swiglu runs its reference on gfx950: reference has no kernel yet",
+        "swiglu runs its reference on gfx950: reference has no proven kernel yet",
     ]
 
 
@@ -285,3 +285,13 @@ def test_a_model_runs_under_its_own_choice_and_leaves_none_behind(tiny_fp4, monk
 def test_a_model_refuses_a_choice_that_does_not_exist_before_it_reads_anything():
     with pytest.raises(RequestError, match="no op is called 'moe'"):
         LLM.from_pretrained("/no such folder", implementation="moe=reference")
+
+
+def test_an_unproven_implementation_runs_only_if_asked_for(on_mi350):
+    tried = (
+        Implementation("triton", lambda: "tried", proven=False),
+        Implementation("reference", lambda: "definition"),
+    )
+
+    assert select(tried, None) == "definition"
+    assert select(tried, "triton") == "tried"

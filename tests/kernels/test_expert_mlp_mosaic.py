@@ -510,8 +510,8 @@ def test_the_kernel_that_sorts_compiles(blocks):
 
 # --- which experts it takes
 
-X = jax.ShapeDtypeStruct((100, 256), jnp.bfloat16)
-CHOSEN = jax.ShapeDtypeStruct((100, 6), jnp.int32)
+X = jax.ShapeDtypeStruct((300, 256), jnp.bfloat16)
+CHOSEN = jax.ShapeDtypeStruct((300, 6), jnp.int32)
 FP4 = tiles_of(8, 256, 256)
 
 
@@ -521,7 +521,7 @@ FP4 = tiles_of(8, 256, 256)
         (H200, CHOSEN, FP4, "fp8_token128", True),
         (Target("cuda", "sm_100"), CHOSEN, FP4, "fp8_token128", False),
         (Target("cpu", ""), CHOSEN, FP4, "fp8_token128", False),
-        (H200, jax.ShapeDtypeStruct((85, 6), jnp.int32), FP4, "fp8_token128", False),
+        (H200, jax.ShapeDtypeStruct((256, 6), jnp.int32), FP4, "fp8_token128", False),
         (H200, CHOSEN, tiles_of(8, 384, 256), "fp8_token128", False),
         (H200, CHOSEN, random_stack(8, 256, 256, 1), "fp8_token128", False),
         (H200, CHOSEN, FP4, None, False),
