@@ -133,11 +133,12 @@ def select(implementations: Sequence[Implementation], name: str | None, *args: A
     if name is not None:
         named = [each for each in implementations if each.name == name]
         if not named:
-            known = ", ".join(each.name for each in implementations)
+            known = ", ".join(dict.fromkeys(each.name for each in implementations))
             raise ValueError(f"implementation={name!r} is unknown here, have {known}")
-        if not named[0].fits(target, *args, **kwargs):
-            raise NotImplementedError(f"implementation={name!r} does not take these arguments on {target}")
-        return named[0].run(*args, **kwargs)
+        for each in named:
+            if each.fits(target, *args, **kwargs):
+                return each.run(*args, **kwargs)
+        raise NotImplementedError(f"implementation={name!r} does not take these arguments on {target}")
     op = implementations[-1].run.__module__.split(".")[-2:][0]
     wanted = _chosen.value.of(op)
     eligible = [each for each in implementations if each.proven or each.name == wanted]

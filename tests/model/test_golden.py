@@ -29,8 +29,9 @@ def mode(key: str) -> str:
 def kvquant(checkpoint: str, folder: Path) -> dict[str, np.ndarray]:
     """The outputs of `scripts/dump_outputs.py`, compiled as users compile and not as tests do.
 
-    Rounding to the formats of the cache makes a step of a last bit now and then, and what the compiler is told
-    to leave out moves last bits: with the tests' flags more rows flip on some CPUs than the tolerances allow.
+    Rounding to the formats of the cache makes a step of a last bit now and then, and what the compiler is
+    told to leave out moves last bits: with the tests' flags more rows flip on some CPUs than the tolerances
+    allow.
     """
     out = folder / f"{checkpoint}.npz"
     script, data = DATA.parents[1] / "scripts" / "dump_outputs.py", DATA / checkpoint
