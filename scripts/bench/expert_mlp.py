@@ -192,6 +192,11 @@ class Case:
         self.floor = floor_us(bench.config, chosen, bench.value_bytes, bench.activation is not None)
         self.rounds = max(1, round(PROGRAM_US / (1.5 * self.floor * len(self.inputs))))
 
+    @property
+    def calls(self) -> int:
+        """Of the op in one program."""
+        return self.rounds * len(self.inputs)
+
     @functools.cached_property
     def sizes(self):
         operands = kernels.operands(self.bench.weights[0], self.bench.activation)
@@ -235,14 +240,21 @@ class Case:
         return functools.partial(compiled, inputs, self.bench.weights)
 
     def time_us(self, prepared) -> float:
-        return median_us(prepared, repeats=5, inner=4) / (self.rounds * len(self.inputs))
+        return median_us(prepared, repeats=5, inner=4) / self.calls
 
     def measure(self, sizes) -> dict[str, float]:
-        """Times with and without the plan, once the result is checked."""
+        """Times with and without the plan, once the result is checked.
+
+        `us_kernels` adds the kernels' own times up, of one short run: without launches, and before a chip
+        slows down under sustained load.
+        """
         error = self.error(sizes)
-        us = self.time_us(self.prepare(self.mlp(sizes), self.planned(sizes.tile_rows)))
+        prepared = self.prepare(self.mlp(sizes), self.planned(sizes.tile_rows))
+        kernels_us = sum(us for _, us in kernel_times(prepared, self.calls).values())
+        us = self.time_us(prepared)
         with_plan = self.time_us(self.prepare(self.mlp_with_plan(sizes), self.inputs))
-        return {"us": round(us, 1), "rel_err": error, "us_with_routing": round(with_plan, 1)}
+        times = {"us": us, "us_kernels": kernels_us, "us_with_routing": with_plan}
+        return {"rel_err": error} | {name: round(us, 1) for name, us in times.items()}
 
 
 def sweep(case: Case, deadline: float) -> Tilings | None:
@@ -364,12 +376,11 @@ def main() -> int:
         print(
             f"{bench.label} T={tokens} {bench.name}: {row['us']:.1f} us, floor {case.floor:.1f}"
             f" ({case.floor / row['us']:.0%}), error {row['rel_err']:.1e},"
-            f" with routing {row['us_with_routing']:.1f} us",
+            f" kernels alone {row['us_kernels']:.1f} us, with routing {row['us_with_routing']:.1f} us",
             flush=True,
         )
         if arguments.profile:
-            calls = case.rounds * len(case.inputs)
-            times = kernel_times(case.prepare(case.mlp_with_plan(sizes), case.inputs), calls)
+            times = kernel_times(case.prepare(case.mlp_with_plan(sizes), case.inputs), case.calls)
             print_kernel_times(f"T={tokens}", times)
         if arguments.results:
             head = {
