@@ -122,8 +122,9 @@ def sweep(case: Case, candidates: list[Configs], off: bool) -> list[tuple[float,
     """Of the candidates that are right: microseconds of both kernels, themselves, and their error."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         futures = [pool.submit(prepare, case, configs, off) for configs in candidates]
-        for future in futures:
-            future.exception()
+        for configs, future in zip(candidates, futures, strict=True):
+            state = "failed" if future.exception() else "ready"
+            print(f"# T={case.tokens} {shown(configs.gate_up)} {state}", flush=True)  # a hang shows which
     found = []
     for configs, future in zip(candidates, futures, strict=True):
         label = f"T={case.tokens} {shown(configs.gate_up)} / {configs.down.stages}"
@@ -161,7 +162,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", choices=list(MODELS), default="flash")
-    parser.add_argument("--tokens", type=int, nargs="*", default=[8192, 2048, 512])
+    parser.add_argument("--tokens", type=int, nargs="*", default=[2048, 512, 8192])
     parser.add_argument("--configs", help='in place of the table: "64+48 2,32+32 2 6 6"')
     parser.add_argument(
         "--off", action="store_true", help="time the kernels without parts of their work, too"
