@@ -113,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--implementation",
         metavar="NAME|OP=NAME,...",
-        help="reference, triton...: of all ops, or op by op (default: the fastest that fits)",
+        help="reference, triton...: of all ops, or op by op (default: the fastest proven one that fits)",
     )
     generate.add_argument("--mesh", type=_mesh_sizes, default={}, metavar="tp=N,ep=N,dp=N")
     generate.add_argument("--max-len", type=int, metavar="N", help="tokens of prompt and answer together")

@@ -126,6 +126,10 @@ def join_rows(
       The rows of both and None; or the two as they are, where no kernel gains or their blocks do not meet.
     """
     blocks = all(isinstance(w, QuantArray) and w.format == "fp8_block128" for w in (first, second))
-    if target.vendor == "cpu" or not blocks or first.shape[0] % BLOCK or first.shape[1] != second.shape[1]:
+    alike = [leaf.dtype for leaf in jax.tree.leaves(first)] == [
+        leaf.dtype for leaf in jax.tree.leaves(second)
+    ]
+    fit = blocks and alike and first.shape[0] % BLOCK == 0 and first.shape[1] == second.shape[1]
+    if target.vendor == "cpu" or not fit:
         return first, second
     return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), first, second), None

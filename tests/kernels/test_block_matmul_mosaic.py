@@ -130,7 +130,8 @@ def test_the_interpreter_agrees_with_the_reference(shape, config, programs, scal
     out = mosaic.block_matmul(x, weight, BF16, config=config, interpret=plgpu.InterpretGPUParams())
 
     expected = reference.block_matmul(x, weight, F32)
-    np.testing.assert_allclose(out, expected, rtol=2**-7, atol=1e-3 * float(jnp.abs(expected).max()))
+    # One rounding to bfloat16, 2^-9; where terms cancel, float32 sums in another order.
+    np.testing.assert_allclose(out, expected, rtol=2**-8, atol=1e-3 * float(jnp.abs(expected).max()))
 
 
 # --- the tiles
