@@ -255,7 +255,7 @@ def _product_ptx(width: int, turns: bool) -> str:
     # which a loop around the wait prevents.
     lines.append(f"setp.gt.u32 never, {x}, 0x7fffffff;")
     if turns:
-        lines += [f"add.s32 mine, {group}, {TURN};", f"sub.s32 other, {2 * TURN + 1}, {group};"]
+        lines += [f"add.s32 mine, {group}, {TURN};", f"sub.s32 other, {2 * TURN + 1}, mine;"]
         lines += ["WAIT:", f"bar.sync mine, {CONSUMERS * 128};", "@never bra WAIT;"]
     lines.append("wgmma.fence.sync.aligned;")
     for step in range(BLOCK // 32):
@@ -386,9 +386,7 @@ def _kernel(plan: Plan, x: Any, x_scale: Any, w: Any, w_scale: Any, out: Any, *s
             """Sums of one tile by wave and chunk; `scales` are of its first step."""
 
             def one_step(step: jax.Array, carry: Any) -> Any:
-                sums, scales, part = carry
-                count = number * steps + step
-                slot = lax.rem(count, jnp.int32(config.stages))
+                sums, scales, part, slot = carry
                 factors = scales.products()
                 # A step ahead: the way to memory takes as long as a step.
                 scales = load_scales(number, jnp.minimum(step + 1, steps - 1))
@@ -405,13 +403,15 @@ def _kernel(plan: Plan, x: Any, x_scale: Any, w: Any, w_scale: Any, out: Any, *s
                         place = (row + n) // chunk
                         factor = lax.broadcast_in_dim(factors[wave][place], (HEIGHT, chunk), [0])
                         sums[wave][place] += part[:, n : n + chunk] * factor
-                return sums, scales, part
+                # A remainder would be a chain of a dozen instructions before each wait.
+                return sums, scales, part, jnp.where(slot == config.stages - 1, 0, slot + 1)
 
             def zeros(columns: int) -> jax.Array:
                 return plgpu.layout_cast(jnp.zeros((HEIGHT, columns), jnp.float32), plgpu.Layout.WGMMA)
 
             sums = [[zeros(chunk) for _ in range(config.rows // chunk)] for _ in range(waves)]
-            return lax.fori_loop(0, steps, one_step, (sums, scales, zeros(width)))[0]
+            first = lax.rem(number * steps, jnp.int32(config.stages))
+            return lax.fori_loop(0, steps, one_step, (sums, scales, zeros(width), first))[0]
 
         def write(number: jax.Array, sums: list[list[jax.Array]]) -> None:
             """The tile to memory, piece by piece; the stores of the last pieces are left under way."""

@@ -1,4 +1,4 @@
-"""Routed experts for many tokens on Hopper, FP4 by FP8: one warpgroup loads, two multiply.
+"""Routed experts for many tokens on Hopper, FP4 by FP8: one warpgroup loads, two or four multiply.
 
 As in the Triton kernels, weights are the rows of the tensor core's product and tokens its columns, and a
 thread's bytes of a tile of weights are its operand. A weight is decoded once for each tile of tokens, so a
@@ -39,14 +39,14 @@ from pallas_kernels.formats import E4M3_MAX, FORMATS, e8m0_decode
 from pallas_kernels.target import Target
 from pallas_kernels.triton_call import triton_call
 
-CONSUMERS = 2  # warpgroups that multiply
 HEIGHT = 64  # rows of a weight in one tensor core product
 BLOCK = 128  # columns that share an activation's scale
 CODES, MULTIPLIERS = 64, 4  # bytes of a row of a tile
 SHARED_BYTES = 232448 - 2048  # what a program may have on Hopper, less room for barriers
 MULTIPROCESSORS = 132
-# Registers of a thread once all know their part: 128 threads that load, 256 that multiply, 168 each at first.
-LOADING_REGISTERS, MULTIPLYING_REGISTERS = 40, 232
+# Registers of a thread once all know their part, those that load and those that multiply, by the number of
+# warpgroups that multiply. At first all have the same: 168 of 384 threads, 96 of 640.
+REGISTERS = {2: (40, 232), 4: (32, 112)}
 
 SWIZZLED = (plgpu.SwizzleTransform(128),)  # pyright: ignore[reportAbstractUsage]
 
@@ -59,12 +59,14 @@ class Config(NamedTuple):
         multiples of 16. Two products are under way at a time, and need registers beside the running sums.
       waves: times 64 rows of the weight that each consumer multiplies by those tokens: 1 or 2.
       stages: blocks of 128 columns that are under way or in use.
+      consumers: warpgroups that multiply, 2 or 4: more hide each other's waiting, fewer have more registers.
       without: work to leave out, for measuring what it costs; the result is wrong then.
     """
 
     widths: tuple[int, ...]
     waves: int = 1
     stages: int = 2
+    consumers: int = 2
     without: Literal["", "decoding", "promotion"] = ""
 
     @property
@@ -79,11 +81,11 @@ class Config(NamedTuple):
     @property
     def rows(self) -> int:
         """Rows of the weight that a program takes: of whole tiles."""
-        return CONSUMERS * self.waves * HEIGHT
+        return self.consumers * self.waves * HEIGHT
 
     def shared_bytes(self, gated: bool) -> int:
         stage = self.tokens * BLOCK + self.rows * (CODES + MULTIPLIERS) + self.scales * 4
-        return self.stages * stage + CONSUMERS * self.tokens * self.out_bytes(gated)
+        return self.stages * stage + self.consumers * self.tokens * self.out_bytes(gated)
 
     def out_bytes(self, gated: bool) -> int:
         """Bytes of a token that a consumer writes: bfloat16, half as many where gates are applied."""
@@ -97,11 +99,11 @@ class Configs(NamedTuple):
     down: Config
 
 
-def deepest(widths: tuple[int, ...], waves: int) -> Configs:
+def deepest(widths: tuple[int, ...], waves: int, consumers: int = 2) -> Configs:
     """Those with as many stages as shared memory has room for, up to eight."""
 
     def one(gated: bool) -> Config:
-        possible = [Config(widths, waves, stages) for stages in range(2, 9)]
+        possible = [Config(widths, waves, stages, consumers) for stages in range(2, 9)]
         return max(config for config in possible if config.shared_bytes(gated) <= SHARED_BYTES)
 
     return Configs(one(True), one(False))
@@ -644,7 +646,7 @@ def _kernel(config: Config, shape: Shape, *refs: Any) -> None:
         return Item(tile, experts[tile], block * config.rows, start, real)
 
     def producer() -> None:
-        plgpu.set_max_registers(LOADING_REGISTERS, action="decrease")
+        plgpu.set_max_registers(REGISTERS[config.consumers][0], action="decrease")
         high = config.rows // TILE
 
         @pl.loop(0, mine)
@@ -677,23 +679,25 @@ def _kernel(config: Config, shape: Shape, *refs: Any) -> None:
             plgpu.barrier_wait(free.at[lax.rem(count, jnp.int32(config.stages))])
 
     def consumer() -> None:
-        plgpu.set_max_registers(MULTIPLYING_REGISTERS, action="increase")
+        plgpu.set_max_registers(REGISTERS[config.consumers][1], action="increase")
         stages = (code_stages, multiplier_stages, x_stages, scale_stages)
 
         @pl.loop(0, mine)
         def _(number: jax.Array) -> None:
-            def one_step(step: jax.Array, sums: Any) -> Any:
-                slot = lax.rem(number * steps + step, jnp.int32(config.stages))
+            def one_step(_: jax.Array, carry: Any) -> Any:
+                sums, slot = carry
                 plgpu.barrier_wait(full.at[slot])
                 sums = _multiply(config, stages, slot, group, sums)
                 plgpu.barrier_arrive(free.at[slot])
-                return sums
+                # A remainder here would be a chain of a dozen instructions before each wait.
+                return sums, jnp.where(slot == config.stages - 1, 0, slot + 1)
 
             zeros = plgpu.layout_cast(jnp.zeros((HEIGHT, config.tokens), jnp.float32), plgpu.Layout.WGMMA)
-            sums = lax.fori_loop(0, steps, one_step, (zeros,) * config.waves)
+            first = lax.rem(number * steps, jnp.int32(config.stages))
+            sums, _ = lax.fori_loop(0, steps, one_step, ((zeros,) * config.waves, first))
             _write(config, shape, (exponents, places, staged, out), item_of(number), group, sums)
 
-    lax.cond(group == CONSUMERS, producer, consumer)
+    lax.cond(group == config.consumers, producer, consumer)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "limit", "interpret"))
@@ -724,13 +728,13 @@ def _launch(
             plgpu.SMEM((stages, high, MULTIPLIERS, TILE), jnp.uint8),
             plgpu.SMEM((stages, config.tokens, BLOCK), x.dtype, transforms=SWIZZLED),
             plgpu.SMEM((stages, config.scales), jnp.float32),
-            plgpu.SMEM((CONSUMERS, config.tokens, config.out_bytes(shape.gated)), jnp.uint8),
+            plgpu.SMEM((config.consumers, config.tokens, config.out_bytes(shape.gated)), jnp.uint8),
             plgpu.Barrier(num_arrivals=4, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=config.consumers, num_barriers=stages),
         ),
         grid=(MULTIPROCESSORS,),
         grid_names=("program",),
-        num_threads=CONSUMERS + 1,
+        num_threads=config.consumers + 1,
         thread_name="warpgroup",
         interpret=interpret,
         kernel_name=f"experts_{'gate_up' if shape.gated else 'down'}_{config.tokens}x{config.rows}",

@@ -6,7 +6,7 @@ float32 on the kernel's own inputs, then each kernel is timed alone, and without
 says what those cost. Whole layers are timed for the best, with all that stands around the kernels.
 
   python scripts/bench/expert_mlp_mosaic.py --results scripts/bench/results/h200.json
-  python scripts/bench/expert_mlp_mosaic.py --tokens 8192 --configs "64+64+48+48 1,48+48 2" --profile
+  python scripts/bench/expert_mlp_mosaic.py --tokens 8192 --configs "64 1 4,48+48 2 2" --profile
 """
 
 import argparse
@@ -32,19 +32,19 @@ from pallas_kernels.expert_mlp import mosaic
 from pallas_kernels.expert_mlp.mosaic import Config, Configs, deepest
 from pallas_kernels.expert_mlp.tiles import ExpertTiles
 
-# By the most tokens they are for: tokens of each tensor core product, times 64 rows.
+# By the most tokens they are for: tokens of each tensor core product, times 64 rows, and warpgroups.
 CANDIDATES = {
-    512: "32 2,16+16 2,16 2,32 1",
-    2048: "64 2,32+32 2,64 1,32+32 1,48+16 2",
-    8192: "64+64+48+48 1,48+48+48+48+32 1,64+64+64+64 1,48+48 2,64+48 2,32+32+32+32 2,64+64 1",
+    512: "32 1 4,16 1 4,16+16 1 4,32 2 2",
+    2048: "64 1 4,32+32 1 4,48 1 4,32+16 1 4,64 2 2",
+    8192: "64 1 4,32+32 1 4,64+64+48+48 1 2,48+48 2 2,64+48 2 2",
 }
 OFF = ("decoding", "promotion")
 
 
 def parse(text: str) -> Configs:
-    """Those of "64+48 2" or, with stages of both products, of "64+48 2 5 4"."""
-    widths, waves, *stages = text.split()
-    configs = deepest(tuple(map(int, widths.split("+"))), int(waves))
+    """Those of "64+48 2 2" or, with stages of both products, of "64+48 2 2 5 4"."""
+    widths, waves, consumers, *stages = text.split()
+    configs = deepest(tuple(map(int, widths.split("+"))), int(waves), int(consumers))
     if not stages:
         return configs
     first, second = map(int, stages)
@@ -52,7 +52,7 @@ def parse(text: str) -> Configs:
 
 
 def shown(config: Config) -> str:
-    return f"{'+'.join(map(str, config.widths))} {config.waves} {config.stages}"
+    return f"{'+'.join(map(str, config.widths))} {config.waves} {config.consumers} {config.stages}"
 
 
 class Prepared(NamedTuple):
@@ -163,7 +163,7 @@ def main() -> int:
     )
     parser.add_argument("--model", choices=list(MODELS), default="flash")
     parser.add_argument("--tokens", type=int, nargs="*", default=[2048, 512, 8192])
-    parser.add_argument("--configs", help='in place of the table: "64+48 2,32+32 2 6 6"')
+    parser.add_argument("--configs", help='in place of the table: "64+48 2 2,32+32 1 4 6 6"')
     parser.add_argument(
         "--off", action="store_true", help="time the kernels without parts of their work, too"
     )
