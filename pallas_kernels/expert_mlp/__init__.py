@@ -39,15 +39,9 @@ def _triton_fits(target: Target, x, experts, weights, w1, w2, w3, limit, activat
     return target.vendor != "cpu" and prepared and x.dtype == jnp.bfloat16 and x.size > 0
 
 
-def _tiles_fit(target: Target, x, experts, weights, w1, w2, w3, limit, activation) -> bool:
-    tiles = isinstance(w1, ExpertTiles) and isinstance(w2, ExpertTiles)
-    return tiles and _triton_fits(target, x, experts, weights, w1, w2, w3, limit, activation)
-
-
 IMPLEMENTATIONS = (
-    Implementation("mosaic", _run_mosaic, fits=_mosaic_fits, proven=False),
-    Implementation("triton", _run_triton, fits=_tiles_fit),
-    Implementation("triton", _run_triton, fits=_triton_fits, proven=False),  # FP8 weights
+    Implementation("mosaic", _run_mosaic, fits=_mosaic_fits),
+    Implementation("triton", _run_triton, fits=_triton_fits),
     Implementation("reference", reference.expert_mlp),
 )
 

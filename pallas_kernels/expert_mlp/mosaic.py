@@ -56,7 +56,7 @@ class Config(NamedTuple):
 
     Attributes:
       widths: tokens of each tensor core product; together they are the tokens of a tile, at most 256. All are
-        multiples of 16. Two products are under way at a time, and need registers beside the running sums.
+        multiples of 16. Products under way need registers beside the running sums.
       waves: times 64 rows of the weight that each consumer multiplies by those tokens: 1 or 2.
       stages: blocks of 128 columns that are under way or in use.
       consumers: warpgroups that multiply, 2 or 4: more hide each other's waiting, fewer have more registers.
@@ -72,6 +72,11 @@ class Config(NamedTuple):
     @property
     def tokens(self) -> int:
         return sum(self.widths)
+
+    @property
+    def parts(self) -> int:
+        """Products under way at a time: with four consumers the others' keep the tensor core busy."""
+        return 2 if self.consumers == 2 else 1
 
     @property
     def scales(self) -> int:
@@ -202,19 +207,25 @@ def _issue_ptx(piece: "_Piece", part: str) -> list[str]:
     return [*lines, "wgmma.commit_group.sync.aligned;"]
 
 
+def _scales_ptx(piece: "_Piece") -> list[str]:
+    """Registers s0 and on: the scales of a thread's tokens, four of every sixteen."""
+    return [
+        f"ld.shared.v4.f32 {{{', '.join(f's{token // 4 + n}' for n in range(4))}}},"
+        f" [$scales+{(piece.first + token) * 4}];"
+        for token in range(0, piece.width, 16)
+    ]
+
+
 def _promote_ptx(config: Config, piece: "_Piece", part: str) -> list[str]:
     """Adds a finished product, times the scales of its tokens, to the running sums."""
     lines = []
-    for token in range(0, piece.width, 16):
-        first = piece.first + token
-        lines.append(f"ld.shared.v4.f32 {{s0, s1, s2, s3}}, [$scales+{first * 4}];")
-        for n in range(8):
-            total = f"$sum{piece.wave * config.tokens // 2 + first // 2 + n}"
-            value, factor = f"{part}_{token // 2 + n}", f"s{n // 4 * 2 + n % 2}"
-            if config.without != "promotion":
-                lines.append(f"fma.rn.f32 {total}, {value}, {factor}, {total};")
-            elif n == 0:
-                lines.append(f"add.f32 {total}, {total}, {value};")
+    for n in range(piece.width // 2):
+        total = f"$sum{(piece.wave * config.tokens + piece.first) // 2 + n}"
+        factor = f"s{n // 8 * 4 + n // 4 % 2 * 2 + n % 2}"
+        if config.without != "promotion":
+            lines.append(f"fma.rn.f32 {total}, {part}_{n}, {factor}, {total};")
+        elif n % 8 == 0:
+            lines.append(f"add.f32 {total}, {total}, {part}_{n};")
     return lines
 
 
@@ -243,21 +254,24 @@ def step_ptx(config: Config) -> str:
         ".reg .pred none, more;",
         ".reg .b32 w<4>, low, high, which, found, share, shares;",
         ".reg .b64 tokens;",
-        ".reg .f32 s<4>;",
+        f".reg .f32 s<{max(config.widths) // 4}>;",
         *(f".reg .b32 a{wave}_<16>;" for wave in range(config.waves)),
-        *(f".reg .f32 p{n}_<{max(config.widths) // 2}>;" for n in range(2)),
+        *(f".reg .f32 p{n}_<{max(config.widths) // 2}>;" for n in range(config.parts)),
         "setp.gt.u32 none, $x, 0xFFFFFF;",
         "setp.ne.b32 more, 1, 0;",
     ]
-    for number, piece in enumerate(pieces):
-        if piece.first == 0:
-            lines += _decode_ptx(config, piece.wave)
-        lines += _issue_ptx(piece, f"p{number % 2}")
-        if number:
-            lines.append("wgmma.wait_group.sync.aligned 1;")
-            lines += _promote_ptx(config, pieces[number - 1], f"p{(number - 1) % 2}")
-    lines.append("wgmma.wait_group.sync.aligned 0;")
-    return "\n".join([*lines, *_promote_ptx(config, pieces[-1], f"p{(len(pieces) - 1) % 2}")])
+    behind = config.parts - 1  # a product is waited for once so many more are on their way
+    for number in range(len(pieces) + behind):
+        if number < len(pieces):
+            if pieces[number].first == 0:
+                lines += _decode_ptx(config, pieces[number].wave)
+            lines += _issue_ptx(pieces[number], f"p{number % config.parts}")
+        if number >= behind:
+            done = number - behind
+            lines += _scales_ptx(pieces[done])
+            lines.append(f"wgmma.wait_group.sync.aligned {min(behind, len(pieces) - 1 - done)};")
+            lines += _promote_ptx(config, pieces[done], f"p{done % config.parts}")
+    return "\n".join(lines)
 
 
 def _swizzle_ptx(out_bytes: int) -> str:
@@ -286,9 +300,10 @@ def _gate_ptx(sums: list[str], shares: int, limit: float) -> list[str]:
                 f"min.f32 up{n}, up{n}, {most};",
                 f"max.f32 up{n}, up{n}, {least};",
                 f"mul.f32 sigmoid, gate{n}, 0fBFB8AA3B;",  # -log2(e)
-                "ex2.approx.f32 sigmoid, sigmoid;",
+                "ex2.approx.ftz.f32 sigmoid, sigmoid;",
                 "add.f32 sigmoid, sigmoid, 0f3F800000;",
-                f"div.full.f32 gate{n}, gate{n}, sigmoid;",
+                "rcp.approx.ftz.f32 sigmoid, sigmoid;",
+                f"mul.f32 gate{n}, gate{n}, sigmoid;",
                 f"mul.f32 gate{n}, gate{n}, up{n};",
                 f"mul.f32 gate{n}, gate{n}, s{2 * eight + n};",
             ]
@@ -736,6 +751,8 @@ def _launch(
         grid_names=("program",),
         num_threads=config.consumers + 1,
         thread_name="warpgroup",
+        # Only copies write what the products read; what is staged has its barriers.
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
         interpret=interpret,
         kernel_name=f"experts_{'gate_up' if shape.gated else 'down'}_{config.tokens}x{config.rows}",
     )(

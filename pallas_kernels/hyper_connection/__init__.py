@@ -65,19 +65,19 @@ def _head_fits(target: Target, streams, fn, scale, base, eps, norm_eps, norm_wei
 
 
 PRE = (
-    Implementation("triton", _run_pre, _pre_fits, proven=False),
+    Implementation("triton", _run_pre, _pre_fits),
     Implementation("reference", reference.hc_pre),
 )
 POST = (
-    Implementation("triton", _run_post, _post_fits, proven=False),
+    Implementation("triton", _run_post, _post_fits),
     Implementation("reference", reference.hc_post),
 )
 POST_PRE = (
-    Implementation("triton", _run_post_pre, _post_pre_fits, proven=False),
+    Implementation("triton", _run_post_pre, _post_pre_fits),
     Implementation("reference", reference.hc_post_pre),
 )
 HEAD = (
-    Implementation("triton", _run_head, _head_fits, proven=False),
+    Implementation("triton", _run_head, _head_fits),
     Implementation("reference", reference.hc_head),
 )
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 def _mix(streams: jax.Array, fn: jax.Array, norm_eps: float) -> tuple[jax.Array, jax.Array]:
     """The streams in float32, and their projection by `fn` divided by their root mean square."""
     streams_TXM = streams.astype(jnp.float32)
-    flat = streams_TXM.reshape(*streams.shape[:-2], -1)  # stream-major
+    flat = jax.lax.collapse(streams_TXM, streams.ndim - 2)  # stream-major
     rms = jax.lax.rsqrt(jnp.mean(flat * flat, -1, keepdims=True) + norm_eps)
     return streams_TXM, jnp.einsum("...k,nk->...n", flat, fn, precision="highest") * rms
 

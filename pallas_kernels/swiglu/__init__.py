@@ -37,7 +37,7 @@ IMPLEMENTATIONS = (
     Implementation("reference", reference.swiglu),
 )
 QUANT = (
-    Implementation("triton", _run_quant, fits=_quant_fits, proven=False),
+    Implementation("triton", _run_quant, fits=_quant_fits),
     Implementation("reference", reference.swiglu_quant),
 )
 

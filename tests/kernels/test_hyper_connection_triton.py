@@ -171,8 +171,13 @@ def test_the_kernels_compile_for(tokens, channels, arch):
 # --- on a GPU
 
 
-def assert_close(found: jax.Array, expected: jax.Array, rtol: float) -> None:
-    np.testing.assert_allclose(found, expected, rtol=rtol, atol=0)
+def assert_close(found: jax.Array, expected: jax.Array) -> None:
+    """Numbers made of mixes, each a sum of 512 products or more.
+
+    Summed up in float32 in another order, a mix differs by up to 512 roundings of 2^-24, 3e-5, of its size,
+    in practice by a fraction of it. A small sigmoid, or Sinkhorn's quotient, is as far off relatively.
+    """
+    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=0)
 
 
 def assert_rounded_alike(found: jax.Array, expected: jax.Array, terms: float) -> None:
@@ -199,9 +204,8 @@ def test_pre_gives_what_the_definition_gives(channels, tokens):
     x, post, comb = pre(streams, *after, implementation="triton")
 
     expected_x, expected_post, expected_comb = pre(streams, *after, implementation="reference")
-    # Mixes of up to 10, summed up in float32 with errors of up to 2e-6 in either order.
-    assert_close(post, expected_post, 1e-5)
-    assert_close(comb, expected_comb, 1e-5)
+    assert_close(post, expected_post)
+    assert_close(comb, expected_comb)
     assert_rounded_alike(x, expected_x, 4 * largest(streams))
 
 
@@ -229,8 +233,8 @@ def test_post_pre_gives_what_the_definition_gives(channels, tokens):
     assert_rounded_alike(streams, expected, 6 * largest(*before[:2]))
     # A stream that rounds to the other neighbour changes what follows: that is held against its own streams.
     expected_x, expected_post, expected_comb = pre(streams, *after, implementation="reference")
-    assert_close(post, expected_post, 1e-5)
-    assert_close(comb, expected_comb, 1e-5)
+    assert_close(post, expected_post)
+    assert_close(comb, expected_comb)
     assert_rounded_alike(x, expected_x, 4 * largest(streams))
 
 
