@@ -1,10 +1,9 @@
-"""Products of many tokens with FP8 weights on Hopper: one warpgroup loads, two multiply.
+"""Products of many tokens with FP8 weights on Hopper: one warpgroup loads, two or three multiply.
 
 The tensor core's sum over 128 columns has to leave it, be scaled, and be added in float32 ("promotion"). One
-program cannot do that and keep the tensor core busy. So a multiprocessor holds three warpgroups for its whole
-life: one brings tiles of both operands into a ring of stages, and two multiply them, each for its half of the
-tokens; while one promotes, the tensor core has the other's product to work on. The tensor core would serve
-both at once, both would be done at once, and it would be idle while both promote: hence they take turns.
+program cannot do that and keep the tensor core busy. So a multiprocessor holds a few warpgroups for its whole
+life: one brings tiles of both operands into a ring of stages, and two or three multiply them, each for its
+part of the tokens; while one promotes, the tensor core has another's product to work on.
 
 A tile's place in the result, and so the order of tiles, is a number that all warpgroups count by themselves.
 """
@@ -29,7 +28,6 @@ from pallas_kernels.block_matmul.tiles import BLOCK
 from pallas_kernels.formats import QuantArray
 from pallas_kernels.target import Target
 
-CONSUMERS = 2  # warpgroups that multiply
 HEIGHT = 64  # tokens of one tensor core product
 OUT_COLUMNS = 64  # of bfloat16: as wide as the swizzle, 128 bytes
 FEWEST_TOKENS = 512  # below, reading the weights is most of the work, and Triton's kernels do that as well
@@ -38,9 +36,9 @@ MULTIPROCESSORS = 132
 STEP_COST = (
     8000  # of a block of columns beside its products, in units of the tile's size; measured on an H200
 )
-TURN = 8  # and the next: numbers of the barriers that hand over the tensor core; Mosaic has the low ones
-# Registers of a thread once all know their part: 128 threads that load, 256 that multiply, 168 each at first.
-LOADING_REGISTERS, MULTIPLYING_REGISTERS = 40, 232
+# Registers of a thread once all know their part, those that load and those that multiply, by the number of
+# warpgroups that multiply. At first all have the same: 168 of 384 threads, 128 of 512.
+REGISTERS = {2: (40, 232), 3: (32, 160)}
 
 SWIZZLED = (plgpu.SwizzleTransform(128),)  # pyright: ignore[reportAbstractUsage]
 ROW = plgpu.Layout.WGMMA.reduce(1)  # one number a token, where a product has that token
@@ -50,13 +48,14 @@ class Config(NamedTuple):
     """How a product is cut into tiles, and how a program works through one.
 
     Attributes:
-      tokens: rows of x in a tile: 128 or 256.
+      tokens: rows of x in a tile: 64 or 128 of each consumer.
       rows: rows of the weight in a tile: 64, 128, 192 or 256.
       stages: blocks of 128 columns that are under way or in use.
       slots: pieces of 64 x 64 of the result that a consumer can have on their way out.
       band: tiles of tokens that go before the next ones, so that the L2 cache holds what they share.
+      consumers: warpgroups that multiply, 2 or 3, each so many of the tokens: while one promotes, the tensor
+        core has the others' products to work on.
       cluster: programs, 1 or 2, that load the larger of their operands together, each half of it for both.
-      turns: whether the two warpgroups use the tensor core one after the other.
     """
 
     tokens: int = 128
@@ -65,12 +64,12 @@ class Config(NamedTuple):
     slots: int = 2
     band: int = 8
     cluster: int = 1
-    turns: bool = False
+    consumers: int = 2
 
     @property
     def shared_bytes(self) -> int:
         loaded = (self.tokens + self.rows) * BLOCK * self.stages
-        return loaded + CONSUMERS * self.slots * HEIGHT * OUT_COLUMNS * 2
+        return loaded + self.consumers * self.slots * HEIGHT * OUT_COLUMNS * 2
 
     @property
     def width(self) -> int:
@@ -181,13 +180,10 @@ class Plan(NamedTuple):
 def _product(
     x_ref: Any,
     w_ref: Any,
-    group: jax.Array,
     slot: jax.Array,
     token: jax.Array,
     row: int,
     spent: jax.Array,
-    *,
-    turns: bool,
 ) -> jax.Array:
     """[64, width] sums over the 128 columns of a stage, complete on return, in the registers of `spent`.
 
@@ -200,7 +196,7 @@ def _product(
     width = spent.shape[1]
 
     def emit(
-        _, x: ir.Value, w: ir.Value, group: Any, slot: Any, token: Any, spent: mgpu.FragmentedArray
+        _, x: ir.Value, w: ir.Value, slot: Any, token: Any, spent: mgpu.FragmentedArray
     ) -> mgpu.FragmentedArray:
         i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
 
@@ -215,9 +211,9 @@ def _product(
         addresses = address(x, token.registers.item()), address(w, mgpu_utils.c(row, i32))
         results = llvm.inline_asm(
             llvm.StructType.get_literal([f32] * len(registers)),
-            [*registers, *addresses, group.registers.item()],
-            _product_ptx(width, turns),
-            ",".join(["=f"] * len(registers) + [str(n) for n in range(len(registers))] + ["r", "r", "r"]),
+            [*registers, *addresses],
+            _product_ptx(width),
+            ",".join(["=f"] * len(registers) + [str(n) for n in range(len(registers))] + ["r", "r"]),
             has_side_effects=True,
         )
         values = [llvm.extractvalue(f32, results, [n]) for n in range(len(registers))]
@@ -229,57 +225,34 @@ def _product(
         ).to_layout(WGMMA_LAYOUT)
 
     inline: Any = plgpu.inline_mgpu(
-        arg_types=(*(plgpu.RefType(SWIZZLED),) * 2, *(plgpu.Layout.WG_SPLAT,) * 3, plgpu.Layout.WGMMA),
+        arg_types=(*(plgpu.RefType(SWIZZLED),) * 2, *(plgpu.Layout.WG_SPLAT,) * 2, plgpu.Layout.WGMMA),
         return_type=plgpu.ShapeDtypeStruct((HEIGHT, width), jnp.float32, layout=plgpu.Layout.WGMMA),
     )
-    return inline(emit)(x_ref, w_ref, group, slot, token, spent)
+    return inline(emit)(x_ref, w_ref, slot, token, spent)
 
 
-def _product_ptx(width: int, turns: bool) -> str:
-    """The product of 128 columns: the sums, in and out, both operands' addresses, the warpgroup's number.
-
-    With turns it starts when the other warpgroup says so, which that does while the last of its instructions
-    runs: the tensor core then goes from one product to the next, and has one of them at a time.
-    """
+def _product_ptx(width: int) -> str:
+    """The product of 128 columns. Operands: the sums, in and out, and both operands' addresses."""
     registers = width // 2
     sums = ", ".join(f"${n}" for n in range(registers))
-    x, w, group = (f"${registers + n + registers}" for n in range(3))
+    x, w = (f"${registers + n + registers}" for n in range(2))
     # Upper half of a descriptor: 128-byte swizzle; 1024 bytes, in units of 16, from eight rows to the next.
     upper = (1 << 30) | (1024 >> 4)
-    lines = [".reg .pred never;", ".reg .b32 low, mine, other;", ".reg .b64 x, w;"]
+    lines = [".reg .pred never;", ".reg .b32 low;", ".reg .b64 x, w;"]
     for name, place in (("x", x), ("w", w)):
         lines += [f"bfe.u32 low, {place}, 4, 14;", f"mov.b64 {name}, {{low, {upper}}};"]
     # No address of shared memory is that high, not in a cluster either, where the program's number is in the
     # upper bits. The assembler does not know: it would see that the first of the instructions does not need
-    # the old sums and choose other registers, and would wait for the turn before it promotes the old sums,
-    # which a loop around the wait prevents.
+    # the old sums and choose other registers.
     lines.append(f"setp.gt.u32 never, {x}, 0x7fffffff;")
-    if turns:
-        lines += [f"add.s32 mine, {group}, {TURN};", f"sub.s32 other, {2 * TURN + 1}, mine;"]
-        lines += ["WAIT:", f"bar.sync mine, {CONSUMERS * 128};", "@never bra WAIT;"]
     lines.append("wgmma.fence.sync.aligned;")
     for step in range(BLOCK // 32):
         if step:
             lines += ["add.s64 x, x, 2;", "add.s64 w, w, 2;"]  # 32 bytes further
         instruction = f"wgmma.mma_async.sync.aligned.m64n{width}k32.f32.e4m3.e4m3"
         lines.append(f"{instruction} {{{sums}}}, x, w, {'1' if step else 'never'}, 1, 1;")
-        if turns and step == BLOCK // 32 - 2:
-            lines.append("wgmma.commit_group.sync.aligned;")
-    lines.append("wgmma.commit_group.sync.aligned;")
-    if turns:
-        lines += ["wgmma.wait_group.sync.aligned 1;", f"bar.arrive other, {CONSUMERS * 128};"]
-    lines.append("wgmma.wait_group.sync.aligned 0;")
+    lines += ["wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligned 0;"]
     return "{ " + "\n".join(lines) + " }"
-
-
-def _turn(what: str, group: int) -> None:
-    """Lets a warpgroup have its turn ("arrive"), or waits for one ("sync")."""
-
-    def emit(_) -> None:
-        mgpu_utils.inline_ptx(f"bar.{what} {TURN + group}, {CONSUMERS * 128};", has_side_effects=True)
-
-    inline: Any = plgpu.inline_mgpu()
-    inline(emit)()
 
 
 def _meet() -> None:
@@ -329,7 +302,7 @@ def _kernel(plan: Plan, x: Any, x_scale: Any, w: Any, w_scale: Any, out: Any, *s
         return plan.start(program + number * plan.clusters, member)
 
     def producer() -> None:
-        plgpu.set_max_registers(LOADING_REGISTERS, action="decrease")
+        plgpu.set_max_registers(REGISTERS[config.consumers][0], action="decrease")
 
         @pl.loop(0, mine)
         def _(number: jax.Array) -> None:
@@ -361,8 +334,8 @@ def _kernel(plan: Plan, x: Any, x_scale: Any, w: Any, w_scale: Any, out: Any, *s
             plgpu.barrier_wait(free.at[lax.rem(count, jnp.int32(config.stages))])
 
     def consumer() -> None:
-        plgpu.set_max_registers(MULTIPLYING_REGISTERS, action="increase")
-        half = config.tokens // CONSUMERS
+        plgpu.set_max_registers(REGISTERS[config.consumers][1], action="increase")
+        half = config.tokens // config.consumers
         waves, width = half // HEIGHT, config.width
         chunk = math.gcd(config.rows, BLOCK)  # rows of a tile that share their scales, wherever it starts
         pieces = [(wave, row) for wave in range(waves) for row in range(0, config.rows, width)]
@@ -394,7 +367,7 @@ def _kernel(plan: Plan, x: Any, x_scale: Any, w: Any, w_scale: Any, out: Any, *s
                 sums = [list(each) for each in sums]
                 for wave, row in pieces:
                     token = group * half + wave * HEIGHT
-                    part = _product(x_tiles, w_tiles, group, slot, token, row, part, turns=config.turns)
+                    part = _product(x_tiles, w_tiles, slot, token, row, part)
                     if (wave, row) == pieces[-1]:
                         if config.cluster > 1:
                             _meet()  # one thread alone reports to both programs
@@ -438,14 +411,10 @@ def _kernel(plan: Plan, x: Any, x_scale: Any, w: Any, w_scale: Any, out: Any, *s
             write(number, sums)
             return coming
 
-        if config.turns:
-            pl.when(group == 1)(lambda: _turn("arrive", 0))  # the other is the first
         lax.fori_loop(0, mine, one_tile, load_scales(jnp.int32(0), jnp.int32(0)))
         plgpu.wait_smem_to_gmem(0)
-        if config.turns:
-            pl.when(group == 0)(lambda: _turn("sync", 0))  # what the other's last product left behind
 
-    lax.cond(group == CONSUMERS, producer, consumer)
+    lax.cond(group == config.consumers, producer, consumer)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "interpret"))
@@ -460,10 +429,10 @@ def _launch(
 ) -> jax.Array:
     """[tokens, rows] in bfloat16. A jit of its own, so that calls of one shape share one lowering."""
     plan = Plan(Shape(x.shape[0], *w.shape), config)
-    free: Any = plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=config.stages)
+    free: Any = plgpu.Barrier(num_arrivals=config.consumers, num_barriers=config.stages)
     if config.cluster > 1:
         free = plgpu.ClusterBarrier(
-            collective_axes=("member",), num_arrivals=CONSUMERS, num_barriers=config.stages
+            collective_axes=("member",), num_arrivals=config.consumers, num_barriers=config.stages
         )
     return plgpu.kernel(
         functools.partial(_kernel, plan),
@@ -471,7 +440,9 @@ def _launch(
         scratch_types=(
             plgpu.SMEM((config.stages, config.tokens, BLOCK), x.dtype, transforms=SWIZZLED),
             plgpu.SMEM((config.stages, config.rows, BLOCK), w.dtype, transforms=SWIZZLED),
-            plgpu.SMEM((CONSUMERS, config.slots, HEIGHT, OUT_COLUMNS), jnp.bfloat16, transforms=SWIZZLED),
+            plgpu.SMEM(
+                (config.consumers, config.slots, HEIGHT, OUT_COLUMNS), jnp.bfloat16, transforms=SWIZZLED
+            ),
             plgpu.Barrier(num_arrivals=2, num_barriers=config.stages),
             free,
         ),
@@ -479,7 +450,7 @@ def _launch(
         grid_names=("program",),
         cluster=(config.cluster,) if config.cluster > 1 else (),
         cluster_names=("member",) if config.cluster > 1 else (),
-        num_threads=CONSUMERS + 1,
+        num_threads=config.consumers + 1,
         thread_name="warpgroup",
         # Only copies write what the products read, and what is copied out has its barriers already.
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),

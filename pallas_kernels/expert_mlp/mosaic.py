@@ -105,10 +105,11 @@ class Configs(NamedTuple):
 
 
 def deepest(widths: tuple[int, ...], waves: int, consumers: int = 2) -> Configs:
-    """Those with as many stages as shared memory has room for, up to eight."""
+    """Those with as many stages as shared memory has room for, up to eight, or four of narrow tiles."""
 
     def one(gated: bool) -> Config:
-        possible = [Config(widths, waves, stages, consumers) for stages in range(2, 9)]
+        most = 4 if sum(widths) <= 16 else 8
+        possible = [Config(widths, waves, stages, consumers) for stages in range(2, most + 1)]
         return max(config for config in possible if config.shared_bytes(gated) <= SHARED_BYTES)
 
     return Configs(one(True), one(False))
@@ -116,9 +117,9 @@ def deepest(widths: tuple[int, ...], waves: int, consumers: int = 2) -> Configs:
 
 # By the tokens that an expert has on average, up to which they are meant.
 CONFIGS = (
-    (20, deepest((32,), 2)),
-    (52, deepest((32, 32), 2)),
-    (84, deepest((48, 48), 2)),
+    (14, deepest((16,), 1, consumers=4)),
+    (26, deepest((32,), 1, consumers=4)),
+    (84, deepest((64,), 1, consumers=4)),
     (2**31, deepest((64, 64, 48, 48), 1)),
 )
 
@@ -128,9 +129,7 @@ def configs_for(rows: int, n_routed_experts: int) -> Configs:
     return next(configs for most, configs in CONFIGS if rows <= most * n_routed_experts)
 
 
-FEWEST_ROWS = (
-    1537  # of (token, choice) pairs: below, the Triton kernels read weights as fast as memory gives them
-)
+FEWEST_ROWS = 512  # of (token, choice) pairs: below, the Triton kernels are as fast
 
 
 def fits(target: Target, x, experts, weights, w1, w2, w3, limit, activation) -> bool:
@@ -699,17 +698,30 @@ def _kernel(config: Config, shape: Shape, *refs: Any) -> None:
 
         @pl.loop(0, mine)
         def _(number: jax.Array) -> None:
-            def one_step(_: jax.Array, carry: Any) -> Any:
-                sums, slot = carry
+            def one_step(slot: jax.Array, sums: Any) -> Any:
                 plgpu.barrier_wait(full.at[slot])
                 sums = _multiply(config, stages, slot, group, sums)
                 plgpu.barrier_arrive(free.at[slot])
-                # A remainder here would be a chain of a dozen instructions before each wait.
-                return sums, jnp.where(slot == config.stages - 1, 0, slot + 1)
+                return sums
+
+            def each_slot(_: jax.Array, sums: Any) -> Any:
+                for slot in range(config.stages):
+                    sums = one_step(jnp.int32(slot), sums)
+                return sums
+
+            def next_slot(_: jax.Array, carry: Any) -> Any:
+                slot, sums = carry
+                return jnp.where(slot == config.stages - 1, 0, slot + 1), one_step(slot, sums)
 
             zeros = plgpu.layout_cast(jnp.zeros((HEIGHT, config.tokens), jnp.float32), plgpu.Layout.WGMMA)
-            first = lax.rem(number * steps, jnp.int32(config.stages))
-            sums, _ = lax.fori_loop(0, steps, one_step, ((zeros,) * config.waves, first))
+            sums = (zeros,) * config.waves
+            # Where a step has few instructions, many of them find its place in shared memory: let it be a
+            # constant. With more tokens than these the assembler would run out of registers.
+            if steps % config.stages == 0 and config.tokens <= 16:
+                sums = lax.fori_loop(0, steps // config.stages, each_slot, sums)
+            else:
+                first = lax.rem(number * steps, jnp.int32(config.stages))
+                _, sums = lax.fori_loop(0, steps, next_slot, (first, sums))
             _write(config, shape, (exponents, places, staged, out), item_of(number), group, sums)
 
     lax.cond(group == config.consumers, producer, consumer)

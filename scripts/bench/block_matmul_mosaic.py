@@ -6,7 +6,7 @@ before and after it is timed, row by row: one bad piece of a large result would 
 
   python scripts/bench/block_matmul_mosaic.py --results scripts/bench/results/h200.json
   python scripts/bench/block_matmul_mosaic.py --sweep
-  python scripts/bench/block_matmul_mosaic.py --shapes wo_b --tokens 8192 --configs "256 128 4 2 8 2 1"
+  python scripts/bench/block_matmul_mosaic.py --shapes wo_b --tokens 8192 --configs "256 128 4 2 8 2"
 """
 
 import argparse
@@ -38,12 +38,11 @@ WIDE = 1024  # tokens, from where on the larger tiles are worth a try
 def parse(text: str) -> Config:
     """The Config of "256 128 4 2 8 1 0"; what is missing at the end keeps its default."""
     numbers = [int(number) for number in text.split()]
-    fields: dict[str, Any] = dict(zip(Config._fields, numbers, strict=False))
-    return Config(**fields | {"turns": bool(fields.get("turns", Config().turns))})
+    return Config(*numbers)
 
 
 def shown(config: Config) -> str:
-    return " ".join(str(int(field)) for field in config)
+    return " ".join(str(field) for field in config)
 
 
 def configs(case: Case, listed: str | None, sweep: bool) -> list[Config]:
@@ -54,10 +53,15 @@ def configs(case: Case, listed: str | None, sweep: bool) -> list[Config]:
     chosen = config_for(Shape(case.tokens, rows, columns))
     if not sweep:
         return [chosen]
-    others = [chosen._replace(cluster=cluster, turns=turns) for cluster in (1, 2) for turns in (True, False)]
-    if case.tokens >= WIDE:
-        wide = Config(128, 192, stages=4, slots=3), Config(256, 128, stages=4)
-        others = [*others[:3], *(each._replace(cluster=2, turns=True) for each in wide)]
+    others = [
+        Config(128, 128, stages=6),
+        Config(128, 192, stages=4, slots=3),
+        Config(192, 128, stages=4, consumers=3),
+        Config(256, 128, stages=4),
+    ]
+    if case.tokens < WIDE:
+        others = [Config(128, 64, stages=8), *others]
+    others = [each._replace(cluster=cluster) for each in others for cluster in (1, 2)]
     return list(dict.fromkeys([chosen, *others]))
 
 
@@ -161,7 +165,7 @@ def main() -> int:
     )
     parser.add_argument("--tokens", type=int, nargs="*", default=[512, 2048, 8192])
     parser.add_argument("--sweep", action="store_true", help="measure what might be faster, too")
-    parser.add_argument("--configs", help='these alone, fields of Config: "256 128 4 2 8 2 1,128 128 6"')
+    parser.add_argument("--configs", help='these alone, fields of Config: "256 128 4 2 8 2,128 128 6"')
     parser.add_argument("--seconds", type=float, default=1e9, help="start no new shape after so long")
     parser.add_argument("--ptxas", action="store_true", help="let the assembler print registers and spills")
     parser.add_argument("--results", type=Path, help="JSON file to add rows to")

@@ -34,9 +34,9 @@ from pallas_kernels.expert_mlp.tiles import ExpertTiles
 
 # By the most tokens they are for: tokens of each tensor core product, times 64 rows, and warpgroups.
 CANDIDATES = {
-    512: "32 1 4,16 1 4,16+16 1 4,32 2 2",
-    2048: "64 1 4,32+32 1 4,48 1 4,32+16 1 4,64 2 2",
-    8192: "64 1 4,32+32 1 4,64+64+48+48 1 2,48+48 2 2,64+48 2 2",
+    512: "16 1 4,32 1 4",
+    2048: "64 1 4,32+32 1 4,64 2 2",
+    8192: "64+64+48+48 1 2,32+32+32+16 1 4,64+48 2 2,64 1 4",
 }
 OFF = ("decoding", "promotion")
 

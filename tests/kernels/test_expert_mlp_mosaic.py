@@ -541,8 +541,8 @@ def test_the_kernels_give_what_the_definition_gives(tokens, experts, skewed):
     )
 
     error = jnp.linalg.norm(found - expected, axis=-1) / jnp.linalg.norm(expected, axis=-1)
-    # Sums in another order round to another bfloat16 now and then, and those to another E4M3, up to 2^-3 away.
-    # In the worst row that one inner value is most of the sum. Over all rows such steps are few.
+    # Sums in another order round to another bfloat16 now and then, and those to another E4M3, up to 2^-3
+    # away. In the worst row that one inner value is most of the sum. Over all rows such steps are few.
     assert float(error.max()) <= 2**-3
     assert float(jnp.linalg.norm(found - expected) / jnp.linalg.norm(expected)) <= 1e-2
 
@@ -560,7 +560,7 @@ FP4 = tiles_of(8, 256, 256)
         (H200, CHOSEN, FP4, "fp8_token128", True),
         (Target("cuda", "sm_100"), CHOSEN, FP4, "fp8_token128", False),
         (Target("cpu", ""), CHOSEN, FP4, "fp8_token128", False),
-        (H200, jax.ShapeDtypeStruct((256, 6), jnp.int32), FP4, "fp8_token128", False),
+        (H200, jax.ShapeDtypeStruct((85, 6), jnp.int32), FP4, "fp8_token128", False),
         (H200, CHOSEN, tiles_of(8, 384, 256), "fp8_token128", False),
         (H200, CHOSEN, random_stack(8, 256, 256, 1), "fp8_token128", False),
         (H200, CHOSEN, FP4, None, False),
