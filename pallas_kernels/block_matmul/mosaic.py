@@ -55,7 +55,6 @@ class Config(NamedTuple):
       band: tiles of tokens that go before the next ones, so that the L2 cache holds what they share.
       consumers: warpgroups that multiply, 2 or 3, each so many of the tokens: while one promotes, the tensor
         core has the others' products to work on.
-      cluster: programs, 1 or 2, that load the larger of their operands together, each half of it for both.
     """
 
     tokens: int = 128
@@ -63,7 +62,6 @@ class Config(NamedTuple):
     stages: int = 5
     slots: int = 2
     band: int = 8
-    cluster: int = 1
     consumers: int = 2
 
     @property
@@ -75,13 +73,6 @@ class Config(NamedTuple):
     def width(self) -> int:
         """Columns of one tensor core product: its sums need registers beside those of the running ones."""
         return self.rows if self.rows <= 192 else 128
-
-    @property
-    def shared(self) -> str:
-        """What a cluster shares, "x" or "w"; its programs differ in the other."""
-        if self.cluster == 1:
-            return ""
-        return "x" if self.tokens >= self.rows else "w"
 
 
 class Shape(NamedTuple):
@@ -126,48 +117,47 @@ CONFIGS = (
     Config(128, 64, stages=8),
 )
 # Where on an H200 another was faster than the rule's.
-MEASURED = {Shape(512, 32768, 1024): Config(128, 192, stages=4, slots=3)}
+MEASURED = dict.fromkeys(
+    (Shape(512, 32768, 1024), Shape(2048, 1536, 4096), Shape(8192, 1536, 4096)),
+    Config(192, 128, stages=4, consumers=3),
+)
 
 
 # --- what a tile is
 
 
 class Plan(NamedTuple):
-    """The tiles of a product, dealt out to clusters of programs."""
+    """The tiles of a product, dealt out to programs."""
 
     shape: Shape
     config: Config
 
     @property
     def down(self) -> int:
-        """Clusters' tiles, along the tokens."""
-        return -(-self.shape.tokens // (self.config.tokens * (2 if self.config.shared == "w" else 1)))
+        """Tiles along the tokens."""
+        return -(-self.shape.tokens // self.config.tokens)
 
     @property
     def across(self) -> int:
-        """Clusters' tiles, along the rows of the weight."""
-        return -(-self.shape.rows // (self.config.rows * (2 if self.config.shared == "x" else 1)))
+        """Tiles along the rows of the weight."""
+        return -(-self.shape.rows // self.config.rows)
 
     @property
     def steps(self) -> int:
         return self.shape.columns // BLOCK
 
     @property
-    def clusters(self) -> int:
+    def programs(self) -> int:
         """As many as run at once, or fewer if there is not a tile for each."""
-        return min(MULTIPROCESSORS // self.config.cluster, self.down * self.across)
+        return min(MULTIPROCESSORS, self.down * self.across)
 
-    def start(self, tile: jax.Array, member: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """First token and first row of a cluster's tile, for one program of the cluster."""
-        shared, band = self.config.shared, self.config.band
+    def start(self, tile: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """First token and first row of a tile."""
+        band = self.config.band
         first = lax.div(tile, band * self.across) * band
         place = lax.rem(tile, band * self.across)
         high = jnp.minimum(self.down - first, band)
         down, across = first + lax.rem(place, high), lax.div(place, high)
-        if shared == "w":
-            down = 2 * down + member
-        if shared == "x":
-            across = 2 * across + member
         # A last tile that would reach past the tokens starts earlier: some are computed twice, to the same
         # bits, and none is read that does not exist.
         token = jnp.minimum(down * self.config.tokens, self.shape.tokens - self.config.tokens)
@@ -241,9 +231,8 @@ def _product_ptx(width: int) -> str:
     lines = [".reg .pred never;", ".reg .b32 low;", ".reg .b64 x, w;"]
     for name, place in (("x", x), ("w", w)):
         lines += [f"bfe.u32 low, {place}, 4, 14;", f"mov.b64 {name}, {{low, {upper}}};"]
-    # No address of shared memory is that high, not in a cluster either, where the program's number is in the
-    # upper bits. The assembler does not know: it would see that the first of the instructions does not need
-    # the old sums and choose other registers.
+    # No address of shared memory is that high. The assembler does not know: it would see that the first of
+    # the instructions does not need the old sums and choose other registers.
     lines.append(f"setp.gt.u32 never, {x}, 0x7fffffff;")
     lines.append("wgmma.fence.sync.aligned;")
     for step in range(BLOCK // 32):
@@ -253,12 +242,6 @@ def _product_ptx(width: int) -> str:
         lines.append(f"{instruction} {{{sums}}}, x, w, {'1' if step else 'never'}, 1, 1;")
     lines += ["wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligned 0;"]
     return "{ " + "\n".join(lines) + " }"
-
-
-def _meet() -> None:
-    """Waits until all warps of the warpgroup are here."""
-    inline: Any = plgpu.inline_mgpu()
-    inline(lambda _: mgpu_utils.warpgroup_barrier())()
 
 
 # --- scales
@@ -293,13 +276,12 @@ def _kernel(plan: Plan, x: Any, x_scale: Any, w: Any, w_scale: Any, out: Any, *s
     x_tiles, w_tiles, out_pieces, full, free = scratch
     config, (_, rows, _), steps = plan.config, plan.shape, plan.steps
     group, program = lax.axis_index("warpgroup"), lax.axis_index("program")
-    member = lax.axis_index("member") if config.cluster > 1 else jnp.int32(0)
     tiles = plan.down * plan.across
-    mine = lax.div(tiles - program + plan.clusters - 1, jnp.int32(plan.clusters))  # tiles of this cluster
+    mine = lax.div(tiles - program + plan.programs - 1, jnp.int32(plan.programs))
 
     def start(number: jax.Array) -> tuple[jax.Array, jax.Array]:
         """First token and row of the program's tile of this number."""
-        return plan.start(program + number * plan.clusters, member)
+        return plan.start(program + number * plan.programs)
 
     def producer() -> None:
         plgpu.set_max_registers(REGISTERS[config.consumers][0], action="decrease")
@@ -318,15 +300,11 @@ def _kernel(plan: Plan, x: Any, x_scale: Any, w: Any, w_scale: Any, out: Any, *s
                     plgpu.barrier_wait(free.at[slot])
 
                 columns = pl.ds(step * BLOCK, BLOCK)
-                for name, source, tile, at in (("x", x, x_tiles, token), ("w", w, w_tiles, row)):
-                    plgpu.copy_gmem_to_smem(
-                        source.at[pl.ds(at, tile.shape[1]), columns],
-                        tile.at[slot],
-                        full.at[slot],
-                        collective_axes="member" if config.shared == name else None,
-                    )
+                for source, tile, at in ((x, x_tiles, token), (w, w_tiles, row)):
+                    rows = source.at[pl.ds(at, tile.shape[1]), columns]
+                    plgpu.copy_gmem_to_smem(rows, tile.at[slot], full.at[slot])
 
-        # The other program of a cluster may still report here: leave when all has been reported.
+        # Leave when all has been reported: the interpreter wants every phase of a barrier seen.
         count = mine * steps
 
         @pl.loop(jnp.maximum(count - config.stages, 0), count)
@@ -335,14 +313,14 @@ def _kernel(plan: Plan, x: Any, x_scale: Any, w: Any, w_scale: Any, out: Any, *s
 
     def consumer() -> None:
         plgpu.set_max_registers(REGISTERS[config.consumers][1], action="increase")
-        half = config.tokens // config.consumers
-        waves, width = half // HEIGHT, config.width
+        share = config.tokens // config.consumers
+        waves, width = share // HEIGHT, config.width
         chunk = math.gcd(config.rows, BLOCK)  # rows of a tile that share their scales, wherever it starts
         pieces = [(wave, row) for wave in range(waves) for row in range(0, config.rows, width)]
 
         def load_scales(number: jax.Array, step: jax.Array) -> Scales:
             token, row = start(number)
-            first = token + group * half
+            first = token + group * share
             at = [
                 jnp.minimum(lax.div(row + n, BLOCK), -(-rows // BLOCK) - 1)
                 for n in range(0, config.rows, chunk)
@@ -350,7 +328,7 @@ def _kernel(plan: Plan, x: Any, x_scale: Any, w: Any, w_scale: Any, out: Any, *s
             return Scales(
                 tuple(
                     plgpu.load(x_scale.at[pl.ds(first + n, HEIGHT), step], layout=ROW, optimized=False)
-                    for n in range(0, half, HEIGHT)
+                    for n in range(0, share, HEIGHT)
                 ),
                 tuple(w_scale[n, step] for n in at),
             )
@@ -366,11 +344,9 @@ def _kernel(plan: Plan, x: Any, x_scale: Any, w: Any, w_scale: Any, out: Any, *s
                 plgpu.barrier_wait(full.at[slot])
                 sums = [list(each) for each in sums]
                 for wave, row in pieces:
-                    token = group * half + wave * HEIGHT
+                    token = group * share + wave * HEIGHT
                     part = _product(x_tiles, w_tiles, slot, token, row, part)
                     if (wave, row) == pieces[-1]:
-                        if config.cluster > 1:
-                            _meet()  # one thread alone reports to both programs
                         plgpu.barrier_arrive(free.at[slot])
                     for n in range(0, width, chunk):
                         place = (row + n) // chunk
@@ -401,7 +377,7 @@ def _kernel(plan: Plan, x: Any, x_scale: Any, w: Any, w_scale: Any, out: Any, *s
                     out_pieces.at[group, place % config.slots][...] = values.astype(out.dtype)
                 plgpu.commit_smem()
                 for place, (wave, n) in group_places:
-                    tokens = pl.ds(token + group * half + wave * HEIGHT, HEIGHT)
+                    tokens = pl.ds(token + group * share + wave * HEIGHT, HEIGHT)
                     piece = out_pieces.at[group, place % config.slots]
                     plgpu.copy_smem_to_gmem(piece, out.at[tokens, pl.ds(row + n, OUT_COLUMNS)])
 
@@ -429,11 +405,6 @@ def _launch(
 ) -> jax.Array:
     """[tokens, rows] in bfloat16. A jit of its own, so that calls of one shape share one lowering."""
     plan = Plan(Shape(x.shape[0], *w.shape), config)
-    free: Any = plgpu.Barrier(num_arrivals=config.consumers, num_barriers=config.stages)
-    if config.cluster > 1:
-        free = plgpu.ClusterBarrier(
-            collective_axes=("member",), num_arrivals=config.consumers, num_barriers=config.stages
-        )
     return plgpu.kernel(
         functools.partial(_kernel, plan),
         out_type=jax.ShapeDtypeStruct((x.shape[0], w.shape[0]), jnp.bfloat16),
@@ -444,12 +415,10 @@ def _launch(
                 (config.consumers, config.slots, HEIGHT, OUT_COLUMNS), jnp.bfloat16, transforms=SWIZZLED
             ),
             plgpu.Barrier(num_arrivals=2, num_barriers=config.stages),
-            free,
+            plgpu.Barrier(num_arrivals=config.consumers, num_barriers=config.stages),
         ),
-        grid=(plan.clusters,),
+        grid=(plan.programs,),
         grid_names=("program",),
-        cluster=(config.cluster,) if config.cluster > 1 else (),
-        cluster_names=("member",) if config.cluster > 1 else (),
         num_threads=config.consumers + 1,
         thread_name="warpgroup",
         # Only copies write what the products read, and what is copied out has its barriers already.

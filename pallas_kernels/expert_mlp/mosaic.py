@@ -105,11 +105,10 @@ class Configs(NamedTuple):
 
 
 def deepest(widths: tuple[int, ...], waves: int, consumers: int = 2) -> Configs:
-    """Those with as many stages as shared memory has room for, up to eight, or four of narrow tiles."""
+    """Those with as many stages as shared memory has room for, up to eight."""
 
     def one(gated: bool) -> Config:
-        most = 4 if sum(widths) <= 16 else 8
-        possible = [Config(widths, waves, stages, consumers) for stages in range(2, most + 1)]
+        possible = [Config(widths, waves, stages, consumers) for stages in range(2, 9)]
         return max(config for config in possible if config.shared_bytes(gated) <= SHARED_BYTES)
 
     return Configs(one(True), one(False))
@@ -698,30 +697,17 @@ def _kernel(config: Config, shape: Shape, *refs: Any) -> None:
 
         @pl.loop(0, mine)
         def _(number: jax.Array) -> None:
-            def one_step(slot: jax.Array, sums: Any) -> Any:
+            def one_step(_: jax.Array, carry: Any) -> Any:
+                slot, sums = carry
                 plgpu.barrier_wait(full.at[slot])
                 sums = _multiply(config, stages, slot, group, sums)
                 plgpu.barrier_arrive(free.at[slot])
-                return sums
-
-            def each_slot(_: jax.Array, sums: Any) -> Any:
-                for slot in range(config.stages):
-                    sums = one_step(jnp.int32(slot), sums)
-                return sums
-
-            def next_slot(_: jax.Array, carry: Any) -> Any:
-                slot, sums = carry
-                return jnp.where(slot == config.stages - 1, 0, slot + 1), one_step(slot, sums)
+                # A remainder would be a chain of a dozen instructions before each wait.
+                return jnp.where(slot == config.stages - 1, 0, slot + 1), sums
 
             zeros = plgpu.layout_cast(jnp.zeros((HEIGHT, config.tokens), jnp.float32), plgpu.Layout.WGMMA)
-            sums = (zeros,) * config.waves
-            # Where a step has few instructions, many of them find its place in shared memory: let it be a
-            # constant. With more tokens than these the assembler would run out of registers.
-            if steps % config.stages == 0 and config.tokens <= 16:
-                sums = lax.fori_loop(0, steps // config.stages, each_slot, sums)
-            else:
-                first = lax.rem(number * steps, jnp.int32(config.stages))
-                _, sums = lax.fori_loop(0, steps, next_slot, (first, sums))
+            first = lax.rem(number * steps, jnp.int32(config.stages))
+            _, sums = lax.fori_loop(0, steps, one_step, (first, (zeros,) * config.waves))
             _write(config, shape, (exponents, places, staged, out), item_of(number), group, sums)
 
     lax.cond(group == config.consumers, producer, consumer)

@@ -36,7 +36,7 @@ WIDE = 1024  # tokens, from where on the larger tiles are worth a try
 
 
 def parse(text: str) -> Config:
-    """The Config of "256 128 4 2 8 1 0"; what is missing at the end keeps its default."""
+    """The Config of "256 128 4 2 8 2"; what is missing at the end keeps its default."""
     numbers = [int(number) for number in text.split()]
     return Config(*numbers)
 
@@ -61,7 +61,6 @@ def configs(case: Case, listed: str | None, sweep: bool) -> list[Config]:
     ]
     if case.tokens < WIDE:
         others = [Config(128, 64, stages=8), *others]
-    others = [each._replace(cluster=cluster) for each in others for cluster in (1, 2)]
     return list(dict.fromkeys([chosen, *others]))
 
 
