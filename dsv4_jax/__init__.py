@@ -4,6 +4,7 @@ from dsv4_jax.cache import make_cache
 from dsv4_jax.checkpoint.inspect import inspect_checkpoint
 from dsv4_jax.checkpoint.load import LoadedModel, load
 from dsv4_jax.config import Config
+from dsv4_jax.decode import Requests
 from dsv4_jax.errors import DSV4Error
 from dsv4_jax.generate import decode_step, generate, prefill
 from dsv4_jax.llm import LLM, GenerationOutput
@@ -25,6 +26,7 @@ __all__ = [
     "LoadedModel",
     "MTPHead",
     "Numerics",
+    "Requests",
     "SamplingParams",
     "Tokenizer",
     "Transformer",

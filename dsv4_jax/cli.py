@@ -119,6 +119,9 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--max-len", type=int, metavar="N", help="tokens of prompt and answer together")
     generate.add_argument("--max-batch", type=int, default=32, metavar="N", help="prompts that run together")
     generate.add_argument(
+        "--draft-tokens", type=int, default=0, metavar="K", help="let the MTP head draft K tokens a step"
+    )
+    generate.add_argument(
         "--verify", choices=["header", "values"], default="header", help="values: look for NaN"
     )
     generate.add_argument(
@@ -192,6 +195,7 @@ def _outputs(
         progress=sys.stderr.isatty(),
         max_len=arguments.max_len,
         max_batch=arguments.max_batch,
+        draft_tokens=arguments.draft_tokens,
     )
     _say("generating; the first batch of a new shape is compiled first")
     return llm.generate([row.prompt for row in rows], sampling, names=[row.where for row in rows])
@@ -223,6 +227,8 @@ def _answer(row: PromptRow, sampling: SamplingParams, output: GenerationOutput) 
     }
     if output.logprobs is not None:
         answer["logprobs"] = output.logprobs
+    if output.drafted:
+        answer |= {"drafted": output.drafted, "accepted": output.accepted}
     timings = dataclasses.asdict(output.timings)
     return answer | {"timings": timings | {"tokens_per_second": output.timings.tokens_per_second}}
 
@@ -232,9 +238,11 @@ def _statistics(outputs: list[GenerationOutput]) -> str:
     tokens, seconds = sum(each.tokens for each in batches), sum(each.seconds for each in batches)
     compile_seconds = sum(each.compile_seconds for each in batches)
     rate = tokens / max(seconds - compile_seconds, 1e-9)
+    drafted, accepted = sum(each.drafted for each in outputs), sum(each.accepted for each in outputs)
     return (
         f"{tokens} tokens in {seconds - compile_seconds:.2f} s, {rate:.1f} tok/s"
-        f" | {sum(each.compiles for each in batches)} programs compiled in {compile_seconds:.1f} s"
+        + (f" | {accepted} of {drafted} drafts stood" if drafted else "")
+        + f" | {sum(each.compiles for each in batches)} programs compiled in {compile_seconds:.1f} s"
         f" | peak {_peak_gib():.2f} GiB"
     )
 

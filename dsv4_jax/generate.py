@@ -6,6 +6,7 @@ inside a larger `jax.jit`.
 
 import dataclasses
 import functools
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,10 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from dsv4_jax.cache import Cache, make_cache
 from dsv4_jax.config import Config
-from dsv4_jax.model import Params, Transformer, bind
+from dsv4_jax.decode import Added, Caches, Models, Requests, Sequences, first_step, step
+from dsv4_jax.model import Params, bind
+from dsv4_jax.mtp import bind_mtp, make_mtp_cache
 from dsv4_jax.numerics import Numerics
-from dsv4_jax.sampling import SamplingArrays, sample
 
 NO_TOKEN = -1  # fills a row of tokens after its end
 
@@ -41,9 +43,9 @@ def prefill(
       cache: of the tokens before; its buffers are reused for the one returned.
       chunk: tokens that run through the model at once, which bounds the memory of activations.
     """
-    model = bind(config, numerics, params)
-    streams, cache = read_prompt(model, ids, position, length, cache, chunk)
-    return model.logits(streams), cache
+    models = Models(bind(config, numerics, params))
+    streams, caches = read_prompt(models, ids, position, length, Caches(cache), chunk)
+    return models.main.logits(streams), caches.main
 
 
 @functools.partial(jax.jit, static_argnames=("config", "numerics"), donate_argnames="cache")
@@ -62,37 +64,53 @@ def decode_step(
 
 
 def read_prompt(
-    model: Transformer,
+    models: Models,
     ids: Int32[Array, "B T"],
     position: Int32[Array, " B"],
     length: Int32[Array, " B"],
-    cache: Cache,
+    caches: Caches,
     chunk: int,
-) -> tuple[Float[Array, "B X M"], Cache]:
-    """The streams of each row's last token, and the cache with all tokens in it."""
+) -> tuple[Float[Array, "B X M"], Caches]:
+    """The streams of each row's last token, and the caches with all tokens in them.
+
+    The MTP head, where there is one, reads all but the last: its input at a position needs the next token.
+    """
     batch, tokens = ids.shape
+    model, head = models
 
     def at(streams, token):
         return jnp.take_along_axis(streams, token[:, None, None, None], axis=1)[:, 0]
 
+    def read(caches: Caches, ids, next_ids, start, here, there):
+        streams, main = model(ids, position + start, here, caches.main)
+        if head is None or caches.head is None:
+            return streams, Caches(main, caches.head)
+        return streams, Caches(main, head(model, streams, next_ids, position + start, there, caches.head)[1])
+
+    following = jnp.pad(ids[:, 1:], ((0, 0), (0, 1)))
     if tokens <= chunk:
-        streams, cache = model(ids, position, length, cache)
-        return at(streams, length - 1), cache
+        streams, caches = read(caches, ids, following, 0, length, jnp.maximum(length - 1, 0))
+        return at(streams, length - 1), caches
 
     def one_chunk(carry, piece):
-        cache, last = carry
-        piece_ids, start = piece
-        here = jnp.clip(length - start, 0, chunk)  # rows that ended in an earlier chunk have none
-        streams, cache = model(piece_ids, position + start, here, cache)
+        caches, last = carry
+        piece_ids, next_ids, start = piece
+        # Rows that ended in an earlier chunk have nothing here.
+        here, there = jnp.clip(length - start, 0, chunk), jnp.clip(length - 1 - start, 0, chunk)
+        streams, caches = read(caches, piece_ids, next_ids, start, here, there)
         newest = at(streams, jnp.maximum(here - 1, 0))
-        return (cache, jnp.where(here[:, None, None] > 0, newest, last)), None
+        return (caches, jnp.where(here[:, None, None] > 0, newest, last)), None
 
     count = -(-tokens // chunk)
-    padded = jnp.pad(ids, ((0, 0), (0, count * chunk - tokens)))
-    pieces = padded.reshape(batch, count, chunk).swapaxes(0, 1)
+
+    def pieces(ids):
+        padded = jnp.pad(ids, ((0, 0), (0, count * chunk - tokens)))
+        return padded.reshape(batch, count, chunk).swapaxes(0, 1)
+
     nothing = jnp.zeros((batch, model.hc_mult, model.embed.weight.shape[1]), model.embed.dtype)
-    (cache, last), _ = jax.lax.scan(one_chunk, (cache, nothing), (pieces, jnp.arange(count) * chunk))
-    return last, cache
+    each = pieces(ids), pieces(following), jnp.arange(count) * chunk
+    (caches, last), _ = jax.lax.scan(one_chunk, (caches, nothing), each)
+    return last, caches
 
 
 @jax.tree_util.register_dataclass
@@ -106,6 +124,8 @@ class Generation:
       count: how many tokens there are.
       stopped: whether the row ended at an EOS, and not at its maximum.
       not_finite: whether the row ended because its logits were not finite numbers.
+      drafted: how many tokens the MTP head drafted for the row.
+      accepted: how many of the row's tokens are such drafts.
     """
 
     tokens: Int32[Array, "B max_new"]
@@ -113,83 +133,83 @@ class Generation:
     count: Int32[Array, " B"]
     stopped: Bool[Array, " B"]
     not_finite: Bool[Array, " B"]
+    drafted: Int32[Array, " B"]
+    accepted: Int32[Array, " B"]
+
+    @classmethod
+    def nothing(cls, batch: int, max_new: int) -> Self:
+        none, no = jnp.zeros(batch, jnp.int32), jnp.zeros(batch, bool)
+        tokens = jnp.full((batch, max_new), NO_TOKEN, jnp.int32)
+        return cls(tokens, jnp.zeros((batch, max_new), jnp.float32), none, no, no, none, none)
+
+    def extended(self, added: Added, drafted: Int32[Array, " B"]) -> Self:
+        """With the tokens of a step, for which so many were drafted, at each row's end."""
+        rows, place = jnp.arange(self.count.shape[0])[:, None], jnp.arange(added.tokens.shape[1])
+        real = place < added.count[:, None]
+        column = jnp.where(real, self.count[:, None] + place, self.tokens.shape[1])
+        return type(self)(
+            self.tokens.at[rows, column].set(added.tokens, mode="drop"),
+            self.logprobs.at[rows, column].set(added.logprobs, mode="drop"),
+            self.count + added.count,
+            self.stopped | added.stopped,
+            self.not_finite | added.not_finite,
+            self.drafted + drafted,
+            self.accepted + added.accepted,
+        )
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _DecodeState:
-    written: Generation
-    done: Bool[Array, " B"]
-    position: Int32[Array, " B"]  # of the token that the next step reads
-    cache: Cache
-
-
-@functools.partial(jax.jit, static_argnames=("config", "numerics", "max_new", "max_len", "chunk"))
+@functools.partial(
+    jax.jit, static_argnames=("config", "numerics", "max_new", "max_len", "draft_tokens", "chunk")
+)
 def generate(
     config: Config,
     numerics: Numerics,
     params: Params,
     ids: Int32[Array, "B T"],
     length: Int32[Array, " B"],
-    sampling: SamplingArrays,
-    max_tokens: Int32[Array, " B"],
-    stop_at_eos: Bool[Array, " B"],
+    requests: Requests,
     *,
     max_new: int,
     max_len: int,
+    mtp_params: Params | None = None,
+    draft_tokens: int = 0,
     chunk: int = 2048,
 ) -> Generation:
     """Continues prompts, the whole token loop on the device.
 
-    Compiles once per shape of `ids`, `max_new` and `max_len`; everything else may change freely.
+    Compiles once per shape of `ids`, `max_new`, `max_len` and `draft_tokens`; everything else may change.
 
     Args:
       ids: prompts, padded at the end.
       length: tokens of each prompt, at least 1.
-      sampling: how each row chooses its tokens.
-      max_tokens: tokens to generate for each row, from 0 (a row that only fills the batch) to `max_new`.
-      stop_at_eos: whether `config.eos_token_id` ends the row.
+      requests: what each row asks for; `max_tokens` is at most `max_new`.
       max_new: room for generated tokens.
       max_len: room in the caches, at least the longest prompt plus its `max_tokens`.
+      mtp_params: of the MTP head, which drafts.
+      draft_tokens: tokens it drafts for each step of a row; 0 for none. Greedy rows get the same tokens with
+        any number, others the same distribution.
       chunk: as in `prefill`.
+
+    Raises:
+      ValueError: drafts without the head's parameters.
     """
-    batch = ids.shape[0]
-    model = bind(config, numerics, params)
-    cache = make_cache(config, numerics, batch=batch, max_len=max_len)
-    streams, cache = read_prompt(model, ids, jnp.zeros_like(length), length, cache, chunk)
+    batch, head, head_cache = ids.shape[0], None, None
+    sizes = {"batch": batch, "max_len": max_len, "max_draft": draft_tokens}
+    if draft_tokens:
+        if mtp_params is None:
+            raise ValueError(f"draft_tokens={draft_tokens} needs mtp_params")
+        head, head_cache = bind_mtp(config, numerics, mtp_params), make_mtp_cache(config, numerics, **sizes)
+    models = Models(bind(config, numerics, params), head)
+    caches = Caches(make_cache(config, numerics, **sizes), head_cache)
+    streams, caches = read_prompt(models, ids, jnp.zeros_like(length), length, caches, chunk)
+    eos = config.eos_token_id
+    added, sequences = first_step(models, requests, streams, length, caches, draft_tokens, eos)
 
-    def choose(state: _DecodeState, streams: Float[Array, "B X M"]) -> _DecodeState:
-        """Adds a token to each row that is not done."""
-        logits, written = model.logits(streams), state.written
-        token, logprob = sample(logits, sampling, written.count)
-        finite = jnp.isfinite(logits).all(-1)
-        adds = ~state.done & finite
-        rows, column = jnp.arange(batch), jnp.where(adds, written.count, max_new)
-        count = written.count + adds
-        stopped = adds & stop_at_eos & (token == config.eos_token_id)
-        written = Generation(
-            written.tokens.at[rows, column].set(token, mode="drop"),
-            written.logprobs.at[rows, column].set(logprob, mode="drop"),
-            count,
-            written.stopped | stopped,
-            written.not_finite | (~state.done & ~finite),
-        )
-        done = state.done | ~finite | stopped | (count >= max_tokens)
-        return _DecodeState(written, done, state.position, state.cache)
+    def one_step(carry: tuple[Generation, Sequences]) -> tuple[Generation, Sequences]:
+        written, sequences = carry
+        drafted = jnp.where(sequences.done, 0, draft_tokens)
+        added, sequences = step(models, requests, sequences, eos)
+        return written.extended(added, drafted), sequences
 
-    def step(state: _DecodeState) -> _DecodeState:
-        newest = jnp.maximum(state.written.count - 1, 0)
-        token = jnp.take_along_axis(state.written.tokens, newest[:, None], axis=1)
-        reads = (~state.done).astype(jnp.int32)  # a row that is done writes nothing into its cache
-        streams, cache = model(jnp.maximum(token, 0), state.position, reads, state.cache)
-        return choose(_DecodeState(state.written, state.done, state.position + reads, cache), streams[:, 0])
-
-    nothing = Generation(
-        jnp.full((batch, max_new), NO_TOKEN, jnp.int32),
-        jnp.zeros((batch, max_new), jnp.float32),
-        jnp.zeros(batch, jnp.int32),
-        jnp.zeros(batch, bool),
-        jnp.zeros(batch, bool),
-    )
-    state = choose(_DecodeState(nothing, max_tokens <= 0, length, cache), streams)
-    return jax.lax.while_loop(lambda state: ~state.done.all(), step, state).written
+    written = Generation.nothing(batch, max_new).extended(added, jnp.zeros(batch, jnp.int32))
+    return jax.lax.while_loop(lambda carry: ~carry[1].done.all(), one_step, (written, sequences))[0]

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from dsv4_jax.checkpoint.load import LoadedModel, Verify, load
 from dsv4_jax.compiles import count_compiles
+from dsv4_jax.decode import Requests
 from dsv4_jax.errors import RequestError
 from dsv4_jax.generate import generate
 from dsv4_jax.numerics import OFFICIAL, Numerics
@@ -26,6 +27,7 @@ from pallas_kernels.dispatch import choose, parse_choice
 SHORTEST_PROMPT = 64
 FEWEST_NEW = 32
 SHORTEST_CACHE = 128
+MOST_DRAFTS = 4  # of one step: the head, trained for one, guesses worse with each
 
 Prompt = str | Sequence[int]
 
@@ -63,6 +65,8 @@ class GenerationOutput:
       logprobs: of each token of the answer under the model; None if not asked for.
       logprob_sum: of the whole answer.
       finish_reason: "stop" at an EOS, "length" at max_tokens, "error" where logits were not finite.
+      drafted: tokens that the MTP head drafted for it.
+      accepted: tokens of the answer that were such drafts.
       timings: of the batch it was in.
     """
 
@@ -72,6 +76,8 @@ class GenerationOutput:
     logprobs: list[float] | None
     logprob_sum: float
     finish_reason: Literal["stop", "length", "error"]
+    drafted: int
+    accepted: int
     timings: Timings
 
 
@@ -85,6 +91,7 @@ class LLM:
       tokenizer: None if the checkpoint folder has none; prompts are then token ids.
       max_len: tokens that a prompt and its answer may have together.
       max_batch: prompts that run together; more are answered in turns.
+      draft_tokens: tokens that the MTP head drafts for each step; 0 for none.
     """
 
     def __init__(
@@ -96,6 +103,7 @@ class LLM:
         tokenizer: Tokenizer | None = None,
         max_len: int | None = None,
         max_batch: int = 32,
+        draft_tokens: int = 0,
     ):
         longest = model.config.max_position_embeddings
         if max_len is not None and not 1 <= max_len <= longest:
@@ -103,6 +111,12 @@ class LLM:
         if max_batch < 1:
             raise RequestError(f"max_batch must be at least 1, got {max_batch}.")
         _check_implementation(implementation)
+        _check_draft_tokens(draft_tokens)
+        if draft_tokens and model.mtp_params is None:
+            raise RequestError(
+                f"draft_tokens={draft_tokens} needs the MTP head, which was not loaded", hint="load(mtp=True)"
+            )
+        self.draft_tokens = draft_tokens
         self.model, self.numerics, self.tokenizer = model, numerics, tokenizer
         self.implementation = implementation
         self.max_len, self.max_batch = max_len or longest, max_batch
@@ -115,21 +129,23 @@ class LLM:
         numerics: Numerics = OFFICIAL,
         implementation: str | None = None,
         mesh: Mesh | None = None,
-        mtp: bool = False,
         verify: Verify = "header",
         strict: bool = False,
         progress: bool = False,
         max_len: int | None = None,
         max_batch: int = 32,
+        draft_tokens: int = 0,
     ) -> Self:
         """Loads a checkpoint in the official format, and its tokenizer.json if there is one.
 
         Raises:
-          RequestError: there is no such implementation. Nothing has been read then.
+          RequestError: there is no such implementation, or it cannot draft so many tokens. Nothing has been
+            read then.
           DSV4Error: see `checkpoint.load.load` and `Tokenizer.from_pretrained`.
         """
         _check_implementation(implementation)
-        model = load(folder, mtp=mtp, mesh=mesh, verify=verify, strict=strict, progress=progress)
+        _check_draft_tokens(draft_tokens)
+        model = load(folder, mtp=draft_tokens > 0, mesh=mesh, verify=verify, strict=strict, progress=progress)
         has_text = Tokenizer.exists(folder)
         tokenizer = Tokenizer.from_pretrained(folder, model.config.vocab_size) if has_text else None
         return cls(
@@ -139,6 +155,7 @@ class LLM:
             tokenizer=tokenizer,
             max_len=max_len,
             max_batch=max_batch,
+            draft_tokens=draft_tokens,
         )
 
     def generate(
@@ -216,9 +233,13 @@ class LLM:
                 model.params,
                 jnp.asarray(ids),
                 jnp.asarray(length),
-                SamplingArrays.stack([params for _, params in rows]),
-                jnp.asarray(max_tokens, jnp.int32),
-                jnp.asarray([not params.ignore_eos for _, params in rows]),
+                Requests(
+                    SamplingArrays.stack([params for _, params in rows]),
+                    jnp.asarray(max_tokens, jnp.int32),
+                    jnp.asarray([not params.ignore_eos for _, params in rows]),
+                ),
+                mtp_params=model.mtp_params if self.draft_tokens else None,
+                draft_tokens=self.draft_tokens,
                 max_new=_power_of_two(int(max_tokens.max()), FEWEST_NEW),
                 max_len=_power_of_two(int((length + max_tokens).max()), SHORTEST_CACHE),
             )
@@ -243,6 +264,8 @@ class LLM:
             logprobs=logprobs if params.logprobs else None,
             logprob_sum=float(sum(logprobs)),
             finish_reason=reason,
+            drafted=int(written.drafted[row]),
+            accepted=int(written.accepted[row]),
             timings=timings,
         )
 
@@ -252,6 +275,11 @@ def _check_implementation(implementation: str | None) -> None:
         parse_choice(implementation)
     except (ValueError, NotImplementedError) as error:
         raise RequestError(str(error)) from None
+
+
+def _check_draft_tokens(draft_tokens: int) -> None:
+    if not 0 <= draft_tokens <= MOST_DRAFTS:
+        raise RequestError(f"draft_tokens must be in [0, {MOST_DRAFTS}], got {draft_tokens}.")
 
 
 def _is_one(prompts: Any) -> bool:

@@ -7,7 +7,7 @@ shares its batch.
 import dataclasses
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -104,12 +104,16 @@ def sample(
       tokens, and their log-probabilities in nats under the untempered, untruncated model.
     """
     tokens = jax.lax.cond(
-        jnp.all(_is_greedy(sampling)),
-        lambda: _most_likely(logits),
-        lambda: _draw(truncated_logits(logits, sampling), sampling.seed, step),
+        all_greedy(sampling),
+        lambda: most_likely(logits),
+        lambda: draw(truncated_logits(logits, sampling), sampling.seed, step),
     )
-    logprobs = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, None], axis=-1)[:, 0]
-    return tokens, logprobs
+    return tokens, logprobs_of(logits, tokens)
+
+
+def logprobs_of(logits: Float32[Array, "*rows V"], tokens: Int32[Array, "*rows"]) -> Float32[Array, "*rows"]:
+    """Log-probabilities of tokens, in nats, under the untempered, untruncated model."""
+    return jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], axis=-1)[..., 0]
 
 
 def truncated_logits(logits: Float32[Array, "B V"], sampling: SamplingArrays) -> Float32[Array, "B V"]:
@@ -129,15 +133,21 @@ def truncated_logits(logits: Float32[Array, "B V"], sampling: SamplingArrays) ->
         lambda: jnp.where(_kept(tempered, sampling), tempered, -jnp.inf),
         lambda: tempered,
     )
-    is_best = jnp.arange(logits.shape[-1]) == _most_likely(logits)[:, None]
+    is_best = jnp.arange(logits.shape[-1]) == most_likely(logits)[:, None]
     return jnp.where(greedy[:, None], jnp.where(is_best, 0.0, -jnp.inf), truncated)
+
+
+def all_greedy(sampling: SamplingArrays) -> Bool[Array, ""]:
+    """Whether no row draws anything."""
+    return jnp.all(_is_greedy(sampling))
 
 
 def _is_greedy(sampling: SamplingArrays) -> Bool[Array, "B"]:
     return sampling.temperature < LOWEST_TEMPERATURE
 
 
-def _most_likely(logits: Float32[Array, "B V"]) -> Int32[Array, "B"]:
+def most_likely(logits: Float32[Array, "*rows V"]) -> Int32[Array, "*rows"]:
+    """The best token of each row, the smaller id of a tie."""
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)  # the first, hence the smaller id, of equals
 
 
@@ -162,15 +172,36 @@ def _kept(logits: Float32[Array, "B V"], sampling: SamplingArrays) -> Bool[Array
     return (logits > cut) | ((logits == cut) & (ids_BV <= cut_id))
 
 
-def _draw(
-    logits: Float32[Array, "B V"], seed: UInt32[Array, "B"], step: Int32[Array, "B"]
+# What a row's random numbers are for; each purpose has a stream of its own.
+_PURPOSES = {"token": None, "draft": 1, "verdict": 2}
+
+
+def _key(seed, step, purpose: str):
+    # Named, because JAX's other generators give a row other bits when its batch changes.
+    key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step)
+    number = _PURPOSES[purpose]
+    return key if number is None else jax.random.fold_in(key, number)
+
+
+def draw(
+    logits: Float32[Array, "B V"],
+    seed: UInt32[Array, "B"],
+    step: Int32[Array, "B"],
+    purpose: Literal["token", "draft"] = "token",
 ) -> Int32[Array, "B"]:
     """Gumbel-max: the argmax of logits plus Gumbel noise is a draw from their softmax."""
 
     def noise(seed, step) -> Float32[Array, "V"]:
-        # Named, because JAX's other generators give a row other bits when its batch changes.
-        key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step)
         # "high": the default's 23 bits are too few to rank the likely winners among 129280 tokens.
-        return jax.random.gumbel(key, logits.shape[-1:], jnp.float32, mode="high")
+        return jax.random.gumbel(_key(seed, step, purpose), logits.shape[-1:], jnp.float32, mode="high")
 
-    return _most_likely(logits + jax.vmap(noise)(seed, step))
+    return most_likely(logits + jax.vmap(noise)(seed, step))
+
+
+def uniform(seed: UInt32[Array, "B"], step: Int32[Array, "B n"]) -> Float32[Array, "B n"]:
+    """Numbers in [0, 1), one for each step of each row, that decide whether a draft stands."""
+
+    def one(seed, step):
+        return jax.random.uniform(_key(seed, step, "verdict"))
+
+    return jax.vmap(jax.vmap(one, (None, 0)))(seed, step)

@@ -25,6 +25,7 @@ from flax import nnx
 from dsv4_jax.cache import CompressedCache, LayerCache, make_cache
 from dsv4_jax.checkpoint.load import LoadedModel, load
 from dsv4_jax.config import Config
+from dsv4_jax.decode import Requests
 from dsv4_jax.errors import DSV4Error
 from dsv4_jax.generate import decode_step, generate, prefill
 from dsv4_jax.model import bind, declare
@@ -128,10 +129,8 @@ def greedy(loaded: LoadedModel, prompts: dict[str, np.ndarray], tokens: int = 32
     ids = np.stack([np.pad(prompt[0], (0, longest - prompt.shape[1])) for prompt in prompts.values()])
     ids, max_len = jnp.asarray(ids, jnp.int32), room(longest + tokens)
     sampling = SamplingArrays.stack([SamplingParams(temperature=0.0)] * batch)
-    limits = jnp.full(batch, tokens), jnp.zeros(batch, bool)
-    written = generate(
-        config, PLAIN, params, ids, lengths, sampling, *limits, max_new=tokens, max_len=max_len
-    ).tokens
+    requests = Requests(sampling, jnp.full(batch, tokens), jnp.zeros(batch, bool))
+    written = generate(config, PLAIN, params, ids, lengths, requests, max_new=tokens, max_len=max_len).tokens
 
     cache = make_cache(config, PLAIN, batch=batch, max_len=max_len)
     first, cache = prefill(config, PLAIN, params, ids, jnp.zeros_like(lengths), lengths, cache)

@@ -24,6 +24,8 @@ LEVELS = [
     ["mtp"],
     ["checkpoint.*"],
     ["sampling"],
+    ["speculative"],
+    ["decode"],
     ["generate"],
     ["tokenizer", "prompts"],
     ["llm"],

@@ -20,7 +20,8 @@ def lay_out(leaves: dict[Path, Any], arrived: Path, target: Target) -> None:
     if arrived[-2] == "experts":
         paths = [(*arrived[:-1], name) for name in _EXPERTS]
         if all(path in leaves for path in paths):
-            prepared = prepare_experts(*(leaves[path] for path in paths), target)
+            w1, w2, w3 = (leaves[path] for path in paths)
+            prepared = prepare_experts(w1, w2, w3, target)
             leaves.update(zip(paths, prepared, strict=True))
     for first, second in _PAIRS:
         if arrived[-2:] in (first, second):

@@ -14,6 +14,7 @@ import pytest
 
 from dsv4_jax.cache import Cache, make_cache
 from dsv4_jax.config import Config
+from dsv4_jax.decode import Requests
 from dsv4_jax.generate import NO_TOKEN, Generation, decode_step, generate, prefill
 from dsv4_jax.model import Params
 from dsv4_jax.numerics import PLAIN
@@ -241,9 +242,11 @@ class Request:
             request.params,
             request.ids,
             request.length,
-            SamplingArrays.stack(request.sampling),
-            np.array(request.max_tokens, np.int32),
-            np.array(request.stop_at_eos),
+            Requests(
+                SamplingArrays.stack(request.sampling),
+                np.array(request.max_tokens, np.int32),
+                np.array(request.stop_at_eos),
+            ),
             max_new=TOKENS,
             max_len=MAX_LEN,
         )

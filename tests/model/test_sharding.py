@@ -12,6 +12,7 @@ from dsv4_jax.cache import make_cache
 from dsv4_jax.checkpoint.load import LoadedModel, load
 from dsv4_jax.checkpoint.names import parameters
 from dsv4_jax.config import FLASH, FLASH_BASE, PRO, PRO_BASE, TINY
+from dsv4_jax.decode import Requests
 from dsv4_jax.errors import MemoryPlanError
 from dsv4_jax.generate import decode_step, generate, prefill
 from dsv4_jax.numerics import PLAIN
@@ -86,7 +87,8 @@ def test_the_whole_token_loop_runs_on_a_mesh(shallow, on_one_device):
     limits = np.full(2, STEPS, np.int32), np.zeros(2, bool)
 
     with jax.set_mesh(mesh):
-        written = generate(*model, IDS, LENGTH, greedy, *limits, max_new=STEPS, max_len=MAX_LEN)
+        requests = Requests(greedy, *limits)
+        written = generate(*model, IDS, LENGTH, requests, max_new=STEPS, max_len=MAX_LEN)
 
     np.testing.assert_array_equal(np.asarray(written.tokens).T, on_one_device.argmax(-1))
 
