@@ -5,6 +5,13 @@ is faster, kernels that are held against it.
 """
 
 from pallas_kernels.activation_quant import activation_quant
+from pallas_kernels.attention_inputs import (
+    attention_key_value,
+    attention_query,
+    attention_unrotate,
+    compressed_entries,
+    index_query,
+)
 from pallas_kernels.block_matmul import block_diagonal_matmul, block_matmul, join_rows
 from pallas_kernels.compressor import compress
 from pallas_kernels.expert_mlp import ExpertTiles, expert_mlp, prepare_experts
@@ -23,9 +30,13 @@ __all__ = [
     "QuantArray",
     "Target",
     "activation_quant",
+    "attention_key_value",
+    "attention_query",
+    "attention_unrotate",
     "block_diagonal_matmul",
     "block_matmul",
     "compress",
+    "compressed_entries",
     "current_target",
     "dequantize",
     "expert_mlp",
@@ -35,6 +46,7 @@ __all__ = [
     "hc_head",
     "hc_post",
     "hc_pre",
+    "index_query",
     "index_scores",
     "index_select",
     "join_rows",

@@ -8,6 +8,20 @@ from pallas_kernels.sparse_attention import reference
 from pallas_kernels.target import Target
 
 
+def _run_mosaic(*args):
+    from pallas_kernels.sparse_attention import mosaic  # an import that only a Hopper GPU needs
+
+    return mosaic.sparse_attention(*args)
+
+
+def _mosaic_fits(target: Target, *args) -> bool:
+    if target.vendor != "cuda" or target.arch != "sm_90":
+        return False
+    from pallas_kernels.sparse_attention import mosaic
+
+    return mosaic.fits(target, *args)
+
+
 def _run_triton(*args):
     from pallas_kernels.sparse_attention import triton  # Triton is an extra that a CPU does without
 
@@ -31,6 +45,7 @@ def _triton_fits(
 
 
 IMPLEMENTATIONS = (
+    Implementation("mosaic", _run_mosaic, fits=_mosaic_fits, proven=False),
     Implementation("triton", _run_triton, fits=_triton_fits, proven=False),
     Implementation("reference", reference.sparse_attention),
 )

@@ -282,5 +282,13 @@ def sparse_attention(
     )
     grid = (groups * tiling.splits,)
     part, weight = triton_call(_split, *arrays, out=parts, grid=grid, SPLITS=tiling.splits, **constants)
-    sizes: dict[str, Any] = {"H": heads, "D": channels, "SPLITS": tiling.splits}
-    return triton_call(_combine, part, weight, attn_sink, out=out, grid=(queries * heads,), **sizes)
+    return combine(part, weight, attn_sink)
+
+
+def combine(part: jax.Array, weight: jax.Array, attn_sink: jax.Array) -> jax.Array:
+    """[B, T, H, D] of splits [B, T, H, splits, D] and of the log2 of each one's sum of weights."""
+    *outer, heads, splits, channels = part.shape
+    out = jax.ShapeDtypeStruct((*outer, heads, channels), part.dtype)
+    sizes: dict[str, Any] = {"H": heads, "D": channels, "SPLITS": splits}
+    grid = (math.prod(outer) * heads,)
+    return triton_call(_combine, part, weight, attn_sink, out=out, grid=grid, **sizes)

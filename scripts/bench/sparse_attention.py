@@ -1,11 +1,14 @@
 #!/usr/bin/env python3
 """Times attention to a window of 128 keys and 512 chosen entries, one new token a request and long prompts.
 
-Every case is checked against the reference on a few queries in the same run. Calls run one after the other
-inside one jitted program; those of decoding name rows of their own, together more than the L2 cache holds.
+Triton and Mosaic kernels side by side, a few configurations of the latter. Each is checked in the same run:
+against the reference on a few queries, against the first of its case on all of them, and against itself, bit
+by bit. Calls run one after the other inside one jitted program; those of decoding name rows of their own,
+together more than the L2 cache holds.
 
   python scripts/bench/sparse_attention.py --results scripts/bench/results/h200.json
-  python scripts/bench/sparse_attention.py --tune     tries candidates beside what the table says
+  python scripts/bench/sparse_attention.py --heads 64 128 --prefill 2048 4096
+  python scripts/bench/sparse_attention.py --tune     tries more candidates beside what the tables say
   python scripts/bench/sparse_attention.py --profile  shows which kernels a call consists of
 """
 
@@ -21,6 +24,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -29,8 +33,8 @@ from harness import facts, median_us, save
 from profile_kernels import kernel_times, print_kernel_times
 
 from pallas_kernels import current_target
-from pallas_kernels.sparse_attention import reference
-from pallas_kernels.sparse_attention import triton as kernels
+from pallas_kernels.sparse_attention import mosaic, reference, triton
+from pallas_kernels.sparse_attention.mosaic import Config, Sizes
 from pallas_kernels.sparse_attention.tilings import Tiling, tiling_for
 
 WINDOW, CHOSEN, CHANNELS = 128, 512, 512
@@ -44,21 +48,30 @@ PROGRAM_US = 20_000  # how long one program of a measurement runs, so that start
 MOST_ERROR = 4e-3  # relative: weights, parts and the result in bfloat16, each 1.7e-3 at most
 
 # Tried by --tune, by the most queries they are for: heads, keys, splits, warps, stages.
-CANDIDATES = {
+TILINGS = {
     1: "16 32 20 4 1, 16 32 20 4 2, 16 32 20 8 1, 16 64 10 4 1, 16 16 40 4 1, 32 32 20 4 1, 64 32 20 8 1",
     8: "16 32 20 4 1, 16 32 20 4 2, 16 32 10 4 2, 16 64 10 4 1, 32 32 20 4 1, 64 32 20 8 1, 64 64 10 8 1",
     32: "64 32 4 8 3, 64 64 5 8 3, 64 32 5 8 3, 64 64 4 8 3, 16 32 5 4 3, 16 32 4 4 2, 32 32 4 4 3",
     128: "64 64 1 8 3, 64 32 1 8 3, 64 32 1 8 4, 64 64 2 8 3, 32 32 1 4 3, 16 32 1 4 3",
     4096: "64 64 1 8 3, 64 64 1 8 2, 64 32 1 8 3, 64 32 1 8 4, 32 32 1 4 3",
 }
+# Always tried, likewise. With one query the programs of many calls are so large that Mosaic's take too long.
+CONFIGS = {
+    1: [],
+    8: [Config(5, look=False)],
+    32: [Config(4, look=False), Config(4), Config(2, look=False), Config(5, look=False)],
+    128: [Config(1), Config(1, look=False), Config(2, look=False)],
+    4096: [Config(), Config(slack=0.0), Config(look=False)],
+}
 
+Variant = Tiling | Config  # of the Triton kernels, of Mosaic's
 Request = tuple[jax.Array, jax.Array, jax.Array]  # q, window_index, compressed_index
 Cache = tuple[jax.Array, jax.Array, jax.Array]  # window_kv, compressed_kv, attn_sink
 
 
 @dataclasses.dataclass(eq=False)
 class Case:
-    """So many sequences with so many new tokens each."""
+    """So many sequences with so many new tokens each; the first tokens of a "start" see fewer keys."""
 
     kind: str
     batch: int
@@ -67,9 +80,11 @@ class Case:
 
     @property
     def id(self) -> str:
-        size = f"B={self.batch}" if self.kind == "decode" else f"T={self.tokens}"
+        kind, size = (
+            ("decode", f"B={self.batch}") if self.kind == "decode" else ("prefill", f"T={self.tokens}")
+        )
         heads = "" if self.heads == 64 else f" H={self.heads}"
-        return f"sparse attention {self.kind} {size} keys={KEYS}{heads}"
+        return f"sparse attention {kind} {size} keys={KEYS}{heads}{' from 0' * (self.kind == 'start')}"
 
     @property
     def queries(self) -> int:
@@ -80,7 +95,8 @@ class Case:
         """The longer of moving all keys that are named, queries and the result once, and of the products."""
         named = self.batch * KEYS if self.kind == "decode" else WINDOW + self.tokens + ENTRIES
         bytes_ = 2 * CHANNELS * (named + 2 * self.queries * self.heads) + 4 * self.queries * KEYS
-        flop = 4 * self.queries * self.heads * KEYS * CHANNELS
+        present = self.queries * KEYS if self.kind != "start" else int(_present(self.tokens).sum())
+        flop = 4 * self.heads * present * CHANNELS
         return max(bytes_ / COPY_BYTES_PER_S, flop / BF16_FLOP_PER_S) * 1e6
 
     @functools.cached_property
@@ -114,16 +130,20 @@ class Case:
             window_index = jnp.broadcast_to(n * WINDOW + jnp.arange(WINDOW), (*shape, WINDOW))
             return q, window_index, n + self.sets * (scattered % CHOSEN)
         window_index = jnp.arange(self.tokens)[:, None] + jnp.arange(WINDOW)
-        return q, window_index[None], scattered % ENTRIES
+        compressed_index = scattered % ENTRIES
+        if self.kind == "start":
+            recent, chosen = _present(self.tokens).T[:, :, None]
+            window_index = jnp.where(jnp.arange(WINDOW) < WINDOW - recent, -1, window_index)
+            compressed_index = jnp.where(jnp.arange(CHOSEN) < chosen, compressed_index, -1)
+        return q, window_index[None], compressed_index
 
     def rounds(self, guess_us: float) -> int:
         return max(1, round(PROGRAM_US / (guess_us * self.sets)))
 
-    def error(self, tiling: Tiling) -> float:
+    def error(self, out: jax.Array) -> float:
         """Relative to the reference in float32, for the first, the middle and the last query."""
         q, window_index, compressed_index = self.requests[0]
         window_kv, compressed_kv, sink = self.cache
-        out = attend(self.requests[0], self.cache, tiling)
         batches = jnp.array(sorted({0, self.batch // 2, self.batch - 1}))
         tokens = jnp.array(sorted({0, self.tokens // 2, self.tokens - 1}))
 
@@ -137,29 +157,54 @@ class Case:
         )
         return relative_error(some(out).astype(jnp.float32), expected)
 
-    def prepare(self, tiling: Tiling):
-        """A program of many calls, how many, and its error; runs the op once."""
-        error = self.error(tiling)
-        rounds = self.rounds(2 * self.floor_us + 8)
+    def prepare(self, variant: Variant):
+        """A program of many calls, how many, the result of one and its error; runs the op twice."""
         # A jitted function is lowered once, however often the program calls it.
-        run = jax.jit(functools.partial(attend, tiling=tiling))
+        run = jax.jit(functools.partial(attend, variant=variant))
+        out, again = (run(self.requests[0], self.cache) for _ in range(2))
+        error = self.error(out) if (out == again).all() else float("nan")
+        rounds = self.rounds(2 * self.floor_us + 8)
         compiled = program(run, rounds).lower(self.requests, self.cache).compile()
-        return functools.partial(compiled, self.requests, self.cache), rounds * self.sets, error
+        return functools.partial(compiled, self.requests, self.cache), rounds * self.sets, out, error
 
 
-def attend(request: Request, cache: Cache, tiling: Tiling) -> jax.Array:
+def _present(tokens: int) -> np.ndarray:
+    """[tokens, 2]: how many recent keys and chosen entries each token of a prompt sees."""
+    before = np.arange(1, tokens + 1)
+    return np.stack([np.minimum(before, WINDOW), np.minimum(before // 4, CHOSEN)], 1)
+
+
+def attend(request: Request, cache: Cache, variant: Variant) -> jax.Array:
     q, window_index, compressed_index = request
     window_kv, compressed_kv, sink = cache
     arguments = (q, window_kv, window_index, compressed_kv, compressed_index, sink, SCALE)
-    return kernels.sparse_attention(*arguments, tiling)
+    if isinstance(variant, Config):
+        return mosaic.sparse_attention(*arguments, variant)
+    return triton.sparse_attention(*arguments, variant)
 
 
-def tilings(case: Case, tune: bool) -> list[Tiling]:
-    """The table's, and with `tune` the candidates."""
-    chosen = tiling_for(current_target().arch, case.queries, case.heads, KEYS)
-    listed = CANDIDATES[min(most for most in CANDIDATES if most >= min(case.queries, 4096))]
-    others = [Tiling(*map(int, each.split())) for each in listed.split(",")] if tune else []
-    return [chosen, *(each for each in others if each != chosen)]
+@jax.jit
+def difference(out: jax.Array, other: jax.Array) -> jax.Array:
+    """Relative, of the query where it is largest."""
+    out, other = (array.astype(jnp.float32).reshape(-1, *array.shape[2:]) for array in (out, other))
+    difference, size = (jnp.linalg.norm(array, axis=(1, 2)) for array in (out - other, other))
+    return (difference / size).max()
+
+
+def tables(case: Case) -> dict[str, Variant]:
+    """What each implementation would choose."""
+    sizes = Sizes(case.batch, case.tokens, case.heads // mosaic.HEADS, 0, WINDOW, ENTRIES, CHOSEN)
+    tiling = tiling_for(current_target().arch, case.queries, case.heads, KEYS)
+    return {"triton": tiling, "mosaic": mosaic.config_for(sizes)}
+
+
+def variants(case: Case, tune: bool) -> list[Variant]:
+    """The tables', some configs, and with `tune` candidate tilings; Triton's goes first."""
+    most = min(most for most in TILINGS if most >= min(case.queries, 4096))
+    tilings = [Tiling(*map(int, each.split())) for each in TILINGS[most].split(",")] if tune else []
+    chosen = tables(case)
+    configs = [chosen["mosaic"], *CONFIGS[most]] if CONFIGS[most] else []
+    return list(dict.fromkeys([chosen["triton"], *configs, *tilings]))
 
 
 def main() -> int:
@@ -167,13 +212,13 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--decode", type=int, nargs="*", default=[1, 8, 32, 128], help="batch sizes")
-    parser.add_argument("--prefill", type=int, nargs="*", default=[2048, 4096], help="prompt lengths")
-    parser.add_argument("--heads", type=int, nargs="*", default=[64, 128])
+    parser.add_argument("--prefill", type=int, nargs="*", default=[4096], help="prompt lengths")
+    parser.add_argument("--heads", type=int, nargs="*", default=[64])
     parser.add_argument(
         "--tune", action="store_true", help="time candidate tilings too; saves no row of them"
     )
     parser.add_argument("--profile", action="store_true", help="print the kernels of a call and their times")
-    parser.add_argument("--seconds", type=float, default=60, help="start no new case after so long")
+    parser.add_argument("--seconds", type=float, default=75, help="start no new case after so long")
     parser.add_argument("--results", type=Path, help="JSON file to add rows to")
     arguments = parser.parse_args()
     # Calls that do not depend on each other must not run side by side, as they never do in a model.
@@ -181,9 +226,10 @@ def main() -> int:
     os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}"
     started = time.perf_counter()
 
-    cases = [Case("decode", batch, 1, heads) for heads in arguments.heads for batch in arguments.decode]
     # Prompts take the same kernel whatever the number of groups of 64 heads.
-    cases += [Case("prefill", 1, tokens, min(arguments.heads)) for tokens in arguments.prefill]
+    kinds = [(kind, tokens) for kind in ("prefill", "start") for tokens in arguments.prefill]
+    cases = [Case(kind, 1, tokens, min(arguments.heads)) for kind, tokens in kinds]
+    cases += [Case("decode", batch, 1, heads) for heads in arguments.heads for batch in arguments.decode]
     rows, wrong, here = [], 0, facts()
     with ThreadPoolExecutor(16) as pool:
         for case in cases:
@@ -191,29 +237,32 @@ def main() -> int:
                 print(f"# stopped before {case.id}: out of time", flush=True)
                 break
             jax.block_until_ready((case.requests, case.cache))
-            some = tilings(case, arguments.tune)
+            some, chosen = variants(case, arguments.tune), tables(case)
             futures = [pool.submit(case.prepare, some[0])]
             futures[0].exception()  # waits: the first also imports what all of them share
             futures += [pool.submit(case.prepare, each) for each in some[1:]]
             # All are compiled before any is timed: a compiling host disturbs the clock.
             failures = [future.exception() for future in futures]
-            for tiling, future, failure in zip(some, futures, failures, strict=True):
-                what = f"{case.id:44} {' '.join(map(str, tiling)):16}"
-                if failure:  # a tiling that does not fit the chip is a result too, unless it is the table's
-                    wrong += tiling == some[0]
+            for variant, future, failure in zip(some, futures, failures, strict=True):
+                name = "mosaic" if isinstance(variant, Config) else "triton"
+                what = f"{case.id:48} {name} {' '.join(map(str, variant)):15}"
+                if failure:  # one that does not fit the chip is a result too, unless it is the table's
+                    wrong += variant == chosen[name]
                     print(f"{what} {type(failure).__name__} {str(failure)[:150]}", flush=True)
                     continue
-                prepared, calls, error = future.result()
+                prepared, calls, out, error = future.result()
+                off = float(difference(out, futures[0].result()[2])) if not failures[0] else 0.0
                 us = median_us(prepared, repeats=5) / calls
-                right = error <= MOST_ERROR
+                right = error <= MOST_ERROR and off <= 2 * MOST_ERROR
                 wrong += not right
                 doubt = "" if right and us > 0.85 * case.floor_us else "  NOT BELIEVED"
                 print(
-                    f"{what} {us:9.2f} us  floor {case.floor_us:7.2f}  error {error:.1e}{doubt}", flush=True
+                    f"{what} {us:9.2f} us  floor {case.floor_us:7.2f}  error {error:.1e} {off:.1e}{doubt}",
+                    flush=True,
                 )
-                if tiling == some[0]:
-                    row = {"id": case.id, "implementation": "triton", "us": round(us, 2)}
-                    row |= {"floor_us": round(case.floor_us, 2), "rel_err": error, "tiling": list(tiling)}
+                if variant == chosen[name]:
+                    row = {"id": case.id, "implementation": name, "us": round(us, 2)}
+                    row |= {"floor_us": round(case.floor_us, 2), "rel_err": error, "tiling": list(variant)}
                     rows += [row | here] if not doubt else []
                     if arguments.profile:
                         print_kernel_times(case.id, kernel_times(prepared, calls))

@@ -74,7 +74,7 @@ def test_a_choice_is_one_name_or_op_by_op_or_both(on_mi350, text, choice):
         ("cutlass", "no op has an implementation 'cutlass', have .*reference"),
         ("", "no op has an implementation ''"),
         ("reference,", "no op has an implementation ''"),
-        ("moe=triton", "no op is called 'moe', have activation_quant, block_matmul, "),
+        ("moe=triton", "no op is called 'moe', have activation_quant, attention_inputs, block_matmul, "),
         ("=triton", "no op is called ''"),
         ("expert_mlp=cutlass", "expert_mlp has no implementation 'cutlass', have .*reference"),
         ("expert_mlp=", "expert_mlp has no implementation ''"),

@@ -1,0 +1,190 @@
+"""`compressed_entries` in Triton: each program makes one entry, from raw rows to what the cache keeps.
+
+Most decode steps complete no entry: their programs read three numbers, write zeros and are gone.
+"""
+
+import jax
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+
+from pallas_kernels.attention_inputs.parts_triton import (
+    constants,
+    hadamard,
+    normalized,
+    requantized,
+    rotated,
+    rounded,
+)
+from pallas_kernels.triton_call import triton_call
+
+_ROWS_AT_ONCE = 32  # of a window
+
+
+@triton.jit
+def _pooled(
+    kv,
+    score,
+    kv_ring,
+    score_ring,
+    batch,
+    start,
+    first,
+    TOKENS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    RATIO: tl.constexpr,
+    OVERLAP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """[1, WIDTH]: the rows of the window that begins at `first`, averaged under the softmax of scores."""
+    CHANNELS: tl.constexpr = WIDTH * (2 if OVERLAP else 1)
+    COUNT: tl.constexpr = RATIO * (2 if OVERLAP else 1)
+    channel = tl.arange(0, WIDTH)[None, :]
+    # Lower than any score, but no infinity: the difference of two would not be a number.
+    most = tl.full([LANES, WIDTH], -3e38, tl.float32)
+    total = tl.zeros([LANES, WIDTH], tl.float32)
+    weighted = tl.zeros([LANES, WIDTH], tl.float32)
+    for begin in tl.static_range(0, COUNT, ROWS):
+        place = begin + tl.arange(0, ROWS)
+        if OVERLAP:  # the window before takes the first half of the channels
+            row = first - RATIO + place
+            half = tl.where(place >= RATIO, WIDTH, 0)[:, None]
+        else:
+            row = first + place
+            half = tl.zeros([ROWS, 1], tl.int32)
+        there, new = (row >= 0)[:, None], (row >= start)[:, None]
+        new_at = (batch * TOKENS + row - start).to(tl.int64)[:, None] * CHANNELS + half + channel
+        old_at = (batch * SLOTS + row % SLOTS).to(tl.int64)[:, None] * CHANNELS + half + channel
+        scores = tl.load(tl.where(new, score + new_at, score_ring + old_at), mask=there, other=float("-inf"))
+        values = tl.load(tl.where(new, kv + new_at, kv_ring + old_at), mask=there, other=0.0)
+
+        # Each thread goes through rows of its own, and meets the others at the end.
+        scores = tl.reshape(scores, [ROWS // LANES, LANES, WIDTH])
+        values = tl.reshape(values, [ROWS // LANES, LANES, WIDTH])
+        higher = tl.maximum(most, tl.max(scores, 0))
+        shares, shrink = libdevice.exp(scores - higher[None, :, :]), libdevice.exp(most - higher)
+        total = total * shrink + tl.sum(shares, 0)
+        weighted = weighted * shrink + tl.sum(shares * values, 0)
+        most = higher
+    shrink = libdevice.exp(most - tl.max(most, 0, keep_dims=True))
+    total, weighted = tl.sum(total * shrink, 0, keep_dims=True), tl.sum(weighted * shrink, 0, keep_dims=True)
+    return weighted / total
+
+
+@triton.jit
+def _compressed_entries(
+    kv,  # [B, TOKENS, WIDTH or 2 * WIDTH] float32
+    score,
+    kv_ring,  # [B, SLOTS, as kv] float32
+    score_ring,
+    position,  # [B] int32
+    length,
+    weight,  # [WIDTH]
+    cos,  # [B, ENTRIES, PAIRS] float32
+    sin,
+    out,  # [B, ENTRIES, WIDTH] bfloat16
+    TOKENS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    RATIO: tl.constexpr,
+    OVERLAP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LOG2_WIDTH: tl.constexpr,
+    PAIRS: tl.constexpr,
+    EPS: tl.constexpr,
+    FOR_INDEX: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    GROUP: tl.constexpr,
+    FLOOR: tl.constexpr,
+    MOST_BITS: tl.constexpr,
+    LOWEST_EXPONENT: tl.constexpr,
+    MANTISSA_BITS: tl.constexpr,
+    VENDOR: tl.constexpr,
+):
+    program = tl.program_id(0)
+    batch = program // ENTRIES
+    start = tl.load(position + batch)
+    first = (start // RATIO + program % ENTRIES) * RATIO
+    channel = tl.arange(0, WIDTH)[None, :]
+    at = program.to(tl.int64) * WIDTH + channel
+    if first + RATIO <= start + tl.load(length + batch):
+        weights = tl.load(weight + channel).to(tl.float32)
+        x = _pooled(
+            kv,
+            score,
+            kv_ring,
+            score_ring,
+            batch,
+            start,
+            first,
+            TOKENS,
+            SLOTS,
+            RATIO,
+            OVERLAP,
+            WIDTH,
+            ROWS,
+            LANES,
+        )
+        x = rounded(normalized(rounded(x, VENDOR), WIDTH, EPS) * weights, VENDOR)
+        one = program + tl.arange(0, 1)
+        x = rotated(x, cos, sin, one, one >= 0, 1, WIDTH, PAIRS, False)
+        if FOR_INDEX:
+            x = rounded(hadamard(rounded(x, VENDOR), 1, WIDTH, LOG2_WIDTH), VENDOR)
+        COLUMNS: tl.constexpr = WIDTH if FOR_INDEX else WIDTH - 2 * PAIRS
+        x = requantized(x, 1, WIDTH, COLUMNS, GROUP, FLOOR, MOST_BITS, LOWEST_EXPONENT, MANTISSA_BITS)
+        tl.store(out + at, x.to(tl.bfloat16))
+    else:
+        tl.store(out + at, tl.zeros([1, WIDTH], tl.bfloat16))
+
+
+def compressed_entries(
+    kv: jax.Array,
+    score: jax.Array,
+    kv_ring: jax.Array,
+    score_ring: jax.Array,
+    position: jax.Array,
+    length: jax.Array,
+    weight: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    ratio: int,
+    eps: float,
+    for_index: bool,
+    format: str,
+    dtype,
+) -> jax.Array:
+    batch, tokens, channels = kv.shape
+    entries, (width,) = cos.shape[1], weight.shape
+    rows = min(ratio * (channels // width), _ROWS_AT_ONCE)
+    num_warps = max(1, min(16, width * rows // 1024))
+    return triton_call(
+        _compressed_entries,
+        kv,
+        score,
+        kv_ring,
+        score_ring,
+        position,
+        length,
+        weight,
+        cos,
+        sin,
+        out=jax.ShapeDtypeStruct((batch, entries, width), dtype),
+        grid=(batch * entries,),
+        num_warps=num_warps,
+        TOKENS=tokens,
+        SLOTS=kv_ring.shape[1],
+        ENTRIES=entries,
+        RATIO=ratio,
+        OVERLAP=channels > width,
+        WIDTH=width,
+        LOG2_WIDTH=width.bit_length() - 1,
+        PAIRS=cos.shape[-1],
+        EPS=eps,
+        FOR_INDEX=for_index,
+        ROWS=rows,
+        LANES=max(1, num_warps * 128 // width),  # rows at a time, four channels a thread
+        **constants(format),
+    )
