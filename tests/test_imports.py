@@ -27,6 +27,7 @@ LEVELS = [
     ["speculative"],
     ["decode"],
     ["generate"],
+    ["engine"],
     ["tokenizer", "prompts"],
     ["llm"],
     ["cli"],

@@ -1,0 +1,405 @@
+"""Many requests on one device: each has a slot, comes and goes between steps, and waits for no other.
+
+A slot is a row of fixed arrays, so nothing compiles when requests come and go. A prompt is read piece by
+piece, one piece between two decode steps; a slot whose request has ended reads and writes nothing. What a
+slot's caches hold of earlier requests needs no clearing: a sequence reads only what it wrote (`cache`).
+"""
+
+import collections
+import dataclasses
+import functools
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int32
+
+from dsv4_jax.cache import make_cache
+from dsv4_jax.checkpoint.load import LoadedModel
+from dsv4_jax.config import Config
+from dsv4_jax.decode import Added, Caches, Models, Requests, Sequences, first_step, step
+from dsv4_jax.errors import MemoryPlanError, RequestError
+from dsv4_jax.model import Params, bind
+from dsv4_jax.mtp import bind_mtp, make_mtp_cache
+from dsv4_jax.numerics import Numerics
+from dsv4_jax.sampling import SamplingArrays, SamplingParams
+from pallas_kernels.dispatch import choose
+
+PIECES = (
+    32,
+    128,
+    512,
+)  # tokens of a prompt that are read at once: the largest that it fills, or the smallest
+FinishReason = Literal["stop", "length", "error", "cancelled"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """What a step brought a request.
+
+    Attributes:
+      request: as `add` numbered it.
+      token_ids: new tokens, none or several; the EOS that ended it is among them.
+      logprobs: of these under the model, before temperature.
+      finish_reason: None while it goes on; then "stop" at an EOS, "length" at its maximum, "error" where
+        logits were not finite numbers, "cancelled".
+      drafted: tokens that were drafted for it in this step.
+      accepted: how many of the new tokens are such drafts.
+    """
+
+    request: int
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: FinishReason | None
+    drafted: int = 0
+    accepted: int = 0
+
+
+@dataclasses.dataclass
+class _Request:
+    """A request, and where it is: waiting, reading its prompt (`read` tokens of it), or under way."""
+
+    number: int
+    ids: list[int]
+    sampling: SamplingParams
+    slot: int | None = None
+    read: int = 0
+
+    @property
+    def reading(self) -> bool:
+        return self.read < len(self.ids)
+
+
+class Engine:
+    """Slots of a loaded model.
+
+    Attributes:
+      slots: requests that are under way together; more wait.
+      max_len: tokens that a prompt and its answer may have together.
+      draft_tokens: tokens that the MTP head drafts for each step; 0 for none.
+      steps: device programs run so far, pieces of prompts and decode steps.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        *,
+        numerics: Numerics,
+        slots: int,
+        max_len: int,
+        draft_tokens: int = 0,
+        implementation: str | None = None,
+        pieces: Sequence[int] = PIECES,
+    ):
+        """Allocates the caches of all slots.
+
+        Raises:
+          MemoryPlanError: they do not fit the device's free memory.
+          RequestError: drafts without the MTP head.
+        """
+        if draft_tokens and model.mtp_params is None:
+            raise RequestError(f"draft_tokens={draft_tokens} needs the MTP head, which was not loaded")
+        self.model, self.numerics, self.implementation = model, numerics, implementation
+        self.slots, self.max_len, self.draft_tokens = slots, max_len, draft_tokens
+        self.steps = 0
+        self._pieces = tuple(sorted(pieces))
+        self._sizes = {"batch": slots, "max_len": max_len, "max_draft": draft_tokens}
+        needed, free = self.cache_bytes, _free_bytes()
+        if free is not None and needed > free:
+            raise MemoryPlanError(
+                f"caches of {slots} slots with {max_len} tokens take {needed / 2**30:.2f} GiB,"
+                f" {free / 2**30:.2f} GiB are free",
+                hint="fewer slots or a smaller max_len",
+            )
+        with self._context():
+            self._requests = _idle(slots)
+            self._sequences = self._empty()
+        self._numbers = itertools.count()
+        self._waiting: collections.deque[_Request] = collections.deque()
+        self._running: dict[int, _Request] = {}  # by slot
+        self._late: list[Event] = []  # of requests that were cancelled
+        self._flying: tuple[Added, dict[int, _Request]] | None = None
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the caches of all slots."""
+        leaves = jax.tree.leaves(jax.eval_shape(self._empty_caches))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request waits, is under way, or has events that `step` has not given yet."""
+        return bool(self._waiting or self._running or self._late or self._flying)
+
+    def add(self, ids: Sequence[int], sampling: SamplingParams) -> int:
+        """Takes a request and gives its number; it starts once a slot is free.
+
+        Raises:
+          RequestError: prompt and answer would be longer than `max_len`, or the prompt is empty.
+        """
+        if not ids or len(ids) + sampling.max_tokens > self.max_len:
+            raise RequestError(
+                f"a prompt of {len(ids)} tokens and {sampling.max_tokens} more do not fit"
+                f" max_len {self.max_len}, or the prompt is empty"
+            )
+        request = _Request(next(self._numbers), list(ids), sampling)
+        self._waiting.append(request)
+        return request.number
+
+    def cancel(self, number: int) -> None:
+        """Ends a request; `step` reports it. A request that has ended already stays as it is."""
+        for request in [*self._waiting, *self._running.values()]:
+            if request.number == number:
+                self._late.append(Event(number, [], [], "cancelled"))
+                if request.slot is None:
+                    self._waiting.remove(request)
+                else:
+                    self._stop(request)
+
+    def step(self) -> list[Event]:
+        """Lets requests in, reads a piece of one prompt, takes one decode step, and tells what came of it.
+
+        A decode step's tokens are told one call later, so that the device works while the host reads.
+        """
+        events, self._late = self._late, []
+        with self._context():
+            self._admit()
+            reading = next((each for each in self._running.values() if each.reading), None)
+            if reading is not None:
+                events += self._read_piece(reading)
+            landed, self._flying = self._flying, None
+            decoding = {slot: each for slot, each in self._running.items() if not each.reading}
+            if decoding:
+                added, self._sequences = _decode(*self._static, self._params, self._requests, self._sequences)
+                self.steps += 1
+                self._flying = added, decoding
+            if landed is not None:
+                events += self._events(*landed)
+        return events
+
+    def run(self) -> Iterator[Event]:
+        """Steps until nothing is left to do."""
+        while self.busy:
+            yield from self.step()
+
+    def warm_up(self) -> None:
+        """Compiles everything that serving will need: each size of a piece, and the decode step.
+
+        Raises:
+          RequestError: requests are under way.
+        """
+        if self.busy:
+            raise RequestError("warm_up needs an engine without requests")
+        for piece in self._pieces:
+            length = min(piece, self.max_len - 2)
+            self.add([0] * length, SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True))
+            for _ in self.run():
+                pass
+        number = self.add([0], SamplingParams(max_tokens=1))
+        self.cancel(number)
+        self.step()
+
+    # --- inside
+
+    @property
+    def _static(self) -> tuple[Config, Numerics]:
+        return self.model.config, self.numerics
+
+    @property
+    def _params(self) -> tuple[Params, Params | None]:
+        return self.model.params, self.model.mtp_params if self.draft_tokens else None
+
+    def _context(self) -> ExitStack:
+        stack = ExitStack()
+        if self.model.mesh:
+            stack.enter_context(jax.set_mesh(self.model.mesh))
+        stack.enter_context(choose(self.implementation))
+        return stack
+
+    def _empty_caches(self) -> Caches:
+        config, numerics = self._static
+        head = make_mtp_cache(config, numerics, **self._sizes) if self.draft_tokens else None
+        return Caches(make_cache(config, numerics, **self._sizes), head)
+
+    def _empty(self) -> Sequences:
+        slots, drafts = self.slots, self.draft_tokens
+        none = jnp.zeros(slots, jnp.int32)
+        return Sequences(
+            token=none,
+            position=none + 0,
+            drafts=jnp.zeros((slots, drafts), jnp.int32),
+            drawn_from=jnp.zeros((slots, drafts, self.model.config.vocab_size), jnp.float32),
+            count=none + 0,
+            done=jnp.ones(slots, bool),
+            caches=self._empty_caches(),
+        )
+
+    def _admit(self) -> None:
+        for slot in range(self.slots):
+            if self._waiting and slot not in self._running:
+                request = self._waiting.popleft()
+                request.slot = slot
+                self._running[slot] = request
+                row = _request_row(request.sampling)
+                self._requests = _set_row(self._requests, row, np.int32(slot))
+
+    def _read_piece(self, request: _Request) -> list[Event]:
+        """The next piece of a prompt; after the last, the first token."""
+        left = len(request.ids) - request.read
+        fits = [piece for piece in self._pieces if piece <= left]
+        size = fits[-1] if fits else self._pieces[0]
+        here = min(size, left)
+        ids = np.zeros((2, size), np.int32)
+        ids[0, :here] = request.ids[request.read : request.read + here]
+        following = request.ids[request.read + 1 : request.read + here + 1]
+        ids[1, : len(following)] = following
+        numbers = np.array([request.slot, request.read, here, len(following)], np.int32)
+        last, caches = _read(*self._static, self._params, self._sequences.caches, ids, numbers)
+        self._sequences = dataclasses.replace(self._sequences, caches=caches)
+        self.steps += 1
+        request.read += here
+        if request.reading:
+            return []
+        place = np.array([request.slot, len(request.ids)], np.int32)
+        added, self._sequences = _begin(
+            *self._static, self.draft_tokens, self._params, self._requests, self._sequences, last, place
+        )
+        return self._events(added, {0: request}, drafted=0)
+
+    def _events(self, added: Added, requests: dict[int, _Request], drafted: int | None = None) -> list[Event]:
+        """Of the requests in these rows; those that have ended leave their slots."""
+        drafted = self.draft_tokens if drafted is None else drafted
+        host: Any = jax.device_get(added)
+        events = []
+        for row, request in requests.items():
+            if self._running.get(request.slot) is not request:  # type: ignore[arg-type]
+                continue  # cancelled, or ended in the step before this one
+            count = int(host.count[row])
+            request.read += count
+            reason: FinishReason | None = None
+            if host.not_finite[row]:
+                reason = "error"
+            elif host.stopped[row]:
+                reason = "stop"
+            elif request.read - len(request.ids) >= request.sampling.max_tokens:
+                reason = "length"
+            tokens, logprobs = host.tokens[row, :count].tolist(), host.logprobs[row, :count].tolist()
+            accepted = int(host.accepted[row])
+            events.append(Event(request.number, tokens, logprobs, reason, drafted, accepted))
+            if reason is not None:
+                del self._running[request.slot]  # type: ignore[arg-type]
+        return events
+
+    def _stop(self, request: _Request) -> None:
+        slot = request.slot
+        assert slot is not None
+        done = _set_row(self._sequences.done, np.ones(1, bool), np.int32(slot))
+        self._sequences = dataclasses.replace(self._sequences, done=done)
+        del self._running[slot]
+
+
+# --- device programs
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _set_row(tree: Any, row: Any, slot: Int32[Array, ""]) -> Any:
+    """`tree` with row `slot` of each leaf replaced."""
+    return jax.tree.map(
+        lambda leaf, new: jax.lax.dynamic_update_slice_in_dim(leaf, jnp.asarray(new, leaf.dtype), slot, 0),
+        tree,
+        row,
+    )
+
+
+def _row(tree: Any, slot: Int32[Array, ""]) -> Any:
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, slot, 1), tree)
+
+
+def _models(config: Config, numerics: Numerics, params: tuple[Params, Params | None]) -> Models:
+    main, mtp = params
+    return Models(bind(config, numerics, main), None if mtp is None else bind_mtp(config, numerics, mtp))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def _read(
+    config: Config,
+    numerics: Numerics,
+    params: tuple[Params, Params | None],
+    caches: Caches,
+    ids: Int32[Array, "2 T"],
+    numbers: Int32[Array, "4"],
+) -> tuple[Float[Array, "1 X M"], Caches]:
+    """Reads a piece of one slot's prompt: the streams of its last token, and the caches of all slots.
+
+    Args:
+      ids: the piece, and the tokens that follow each of its tokens.
+      numbers: the slot, the piece's position, its tokens, and how many of them are followed by one.
+    """
+    models = _models(config, numerics, params)
+    slot, position, here, there = numbers[0], numbers[1:2], numbers[2:3], numbers[3:4]
+    row = _row(caches, slot)
+    streams, main = models.main(ids[:1], position, here, row.main)
+    head = row.head
+    if models.head is not None and head is not None:
+        _, head = models.head(models.main, streams, ids[1:], position, there, head)
+    last = jax.lax.dynamic_index_in_dim(streams, here[0] - 1, axis=1, keepdims=False)
+    return last, _set_row(caches, Caches(main, head), slot)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
+def _begin(
+    config: Config,
+    numerics: Numerics,
+    draft_tokens: int,
+    params: tuple[Params, Params | None],
+    requests: Requests,
+    sequences: Sequences,
+    last: Float[Array, "1 X M"],
+    place: Int32[Array, "2"],
+) -> tuple[Added, Sequences]:
+    """The first token of the slot `place[0]`, whose prompt of `place[1]` tokens has been read."""
+    models, slot = _models(config, numerics, params), place[0]
+    row = _row(sequences.caches, slot)
+    asked = _row(requests, slot)
+    added, begun = first_step(models, asked, last, place[1:], row, draft_tokens, config.eos_token_id)
+    return added, _set_row(sequences, begun, slot)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
+def _decode(
+    config: Config,
+    numerics: Numerics,
+    params: tuple[Params, Params | None],
+    requests: Requests,
+    sequences: Sequences,
+) -> tuple[Added, Sequences]:
+    return step(_models(config, numerics, params), requests, sequences, config.eos_token_id)
+
+
+# --- host helpers
+
+
+def _idle(slots: int) -> Requests:
+    row = _request_row(SamplingParams(temperature=0.0))
+    return jax.tree.map(lambda leaf: jnp.repeat(jnp.asarray(leaf), slots, axis=0), row)
+
+
+def _request_row(sampling: SamplingParams) -> Requests:
+    limits = jnp.array([sampling.max_tokens], jnp.int32), jnp.array([not sampling.ignore_eos])
+    return Requests(SamplingArrays.stack([sampling]), *limits)
+
+
+def _free_bytes() -> int | None:
+    """Of the first device, or of this machine where a device does not say; None if neither does."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return None

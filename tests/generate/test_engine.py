@@ -1,0 +1,182 @@
+"""Requests that come and go: each gets what it gets alone, and nothing compiles while they do."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv4_jax import engine as engine_module
+from dsv4_jax.checkpoint.load import LoadedModel
+from dsv4_jax.compiles import count_compiles
+from dsv4_jax.engine import Engine
+from dsv4_jax.errors import MemoryPlanError, RequestError
+from dsv4_jax.llm import LLM
+from dsv4_jax.numerics import PLAIN
+from dsv4_jax.sampling import SamplingParams
+
+SLOTS, MAX_LEN = 4, 320
+
+Answers = dict[int, tuple[list[int], list[float], str]]
+
+
+def started(loaded: LoadedModel, draft_tokens: int, **more) -> Engine:
+    sizes = {"slots": SLOTS, "max_len": MAX_LEN, "draft_tokens": draft_tokens} | more
+    return Engine(loaded, numerics=PLAIN, pieces=(8, 32), **sizes)
+
+
+@pytest.fixture(scope="module", params=[0, 2], ids="k={}".format)
+def engine(tiny_fp4, request) -> Engine:
+    made = started(tiny_fp4.loaded, request.param)
+    made.warm_up()
+    return made
+
+
+def made_up(count: int, seed: int = 0) -> list[tuple[list[int], SamplingParams]]:
+    """Requests of all lengths, some greedy, some not."""
+    random = np.random.default_rng(seed)
+    return [
+        (
+            random.integers(2, 512, random.integers(1, 140)).tolist(),
+            SamplingParams(
+                max_tokens=int(random.integers(1, 20)),
+                temperature=float(random.choice([0.0, 0.8])),
+                seed=number,
+                ignore_eos=True,
+            ),
+        )
+        for number, _ in enumerate(range(count))
+    ]
+
+
+def answers(engine: Engine) -> Answers:
+    """Of all requests, once none is left."""
+    found: dict[int, tuple[list[int], list[float], str]] = {}
+    for event in engine.run():
+        tokens, logprobs, reason = found.get(event.request, ([], [], ""))
+        assert not reason  # nothing comes after the end
+        found[event.request] = (
+            tokens + event.token_ids,
+            logprobs + event.logprobs,
+            event.finish_reason or reason,
+        )
+    return found
+
+
+def test_each_request_gets_what_it_gets_alone_bit_for_bit(engine):
+    requests = made_up(14)
+    alone = []
+    for ids, sampling in requests:
+        number = engine.add(ids, sampling)
+        alone.append(answers(engine)[number])
+
+    with count_compiles() as compiles:
+        numbers = [engine.add(*each) for each in requests[:9]]
+        found = {}
+        for _ in range(12):  # the others come while these are under way
+            for event in engine.step():
+                tokens, logprobs, _ = found.get(event.request, ([], [], ""))
+                both = tokens + event.token_ids, logprobs + event.logprobs
+                found[event.request] = (*both, event.finish_reason or "")
+        numbers += [engine.add(*each) for each in requests[9:]]
+        for number, (tokens, logprobs, reason) in answers(engine).items():
+            before = found.get(number, ([], [], ""))
+            found[number] = before[0] + tokens, before[1] + logprobs, reason
+
+    assert compiles.count == 0
+    assert [found[number] for number in numbers] == alone
+    assert [len(tokens) for tokens, _, _ in alone] == [sampling.max_tokens for _, sampling in requests]
+    assert {reason for _, _, reason in alone} == {"length"}
+    assert not engine.busy
+
+
+def test_the_engine_says_what_generate_says(engine):
+    requests = [(ids, dataclasses.replace(each, temperature=0.0)) for ids, each in made_up(4, seed=1)]
+    numbers = [engine.add(*each) for each in requests]
+
+    found = answers(engine)
+
+    llm = LLM(engine.model, numerics=PLAIN)
+    expected = llm.generate([ids for ids, _ in requests], [sampling for _, sampling in requests])
+    assert [found[number][0] for number in numbers] == [each.token_ids for each in expected]
+
+
+def test_a_cancelled_request_ends_and_the_others_go_on(engine):
+    requests = made_up(6, seed=2)
+    expected = []
+    for each in requests:
+        number = engine.add(*each)
+        expected.append(answers(engine)[number])
+
+    numbers = [engine.add(*each) for each in requests]
+    engine.step()
+    for place in (0, 5):  # one under way, one that waits
+        engine.cancel(numbers[place])
+    found = answers(engine)
+
+    for place, number in enumerate(numbers):
+        if place in (0, 5):
+            assert found[number][2] == "cancelled"
+            assert found[number][0] == expected[place][0][: len(found[number][0])]
+        else:
+            assert found[number] == expected[place]
+    again = engine.add(*requests[0])
+    assert answers(engine)[again] == expected[0]
+
+
+def test_a_nan_ends_its_request_and_no_other(tiny_fp4):
+    loaded = tiny_fp4.loaded
+    embed = np.float32(loaded.params["embed"]["weight"])
+    embed[77] = np.nan
+    params = loaded.params | {"embed": {"weight": jnp.asarray(embed, jnp.bfloat16)}}
+    engine = started(dataclasses.replace(loaded, params=params), 0)
+    greedy = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
+
+    healthy = engine.add([5, 6, 7], greedy)
+    spoiled = engine.add([5, 77, 7], greedy)
+    found = answers(engine)
+
+    assert found[spoiled] == ([], [], "error")
+    assert found[healthy][2] == "length"
+    assert np.isfinite(found[healthy][1]).all()
+
+
+def test_an_end_of_sentence_ends_a_request(tiny_fp4, engine):
+    greedy = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
+    number = engine.add([3, 4, 5], greedy)
+    tokens = answers(engine)[number][0]
+    last = next(token for place, token in enumerate(tokens) if place > 2 and token not in tokens[:place])
+    config = dataclasses.replace(engine.model.config, eos_token_id=last)
+    stopping = started(dataclasses.replace(engine.model, config=config), engine.draft_tokens)
+
+    number = stopping.add([3, 4, 5], dataclasses.replace(greedy, ignore_eos=False))
+
+    found = answers(stopping)[number]
+    assert found[0] == tokens[: tokens.index(last) + 1]
+    assert found[2] == "stop"
+
+
+def test_memory_is_refused_before_anything_is_allocated(tiny_fp4, monkeypatch):
+    monkeypatch.setattr(engine_module, "_free_bytes", lambda: 1000)
+    live = len(jax.live_arrays())
+
+    with pytest.raises(MemoryPlanError, match="4 slots with 320 tokens take"):
+        started(tiny_fp4.loaded, 0)
+
+    assert len(jax.live_arrays()) == live
+
+
+@pytest.mark.parametrize(
+    ("ids", "max_tokens"), [([], 1), ([1] * 320, 1), ([1], 320)], ids=["empty", "long", "long answer"]
+)
+def test_what_does_not_fit_is_refused(engine, ids, max_tokens):
+    with pytest.raises(RequestError, match="max_len 320"):
+        engine.add(ids, SamplingParams(max_tokens=max_tokens))
+
+    assert not engine.busy
+
+
+def test_drafts_need_the_head(tiny_fp4):
+    with pytest.raises(RequestError, match="MTP head"):
+        started(dataclasses.replace(tiny_fp4.loaded, mtp_params=None), 1)
