@@ -1,32 +1,25 @@
-"""Text or token ids in, text and token ids out: the model with its tokenizer and its batches."""
+"""Text or token ids in, text and token ids out: the model with its tokenizer and its engine."""
 
 import dataclasses
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from dsv4_jax.checkpoint.load import LoadedModel, Verify, load
 from dsv4_jax.compiles import count_compiles
-from dsv4_jax.decode import Requests
+from dsv4_jax.engine import Engine, Event, FinishReason
 from dsv4_jax.errors import RequestError
-from dsv4_jax.generate import generate
 from dsv4_jax.numerics import OFFICIAL, Numerics
 from dsv4_jax.prompts import check_prompt
-from dsv4_jax.sampling import SamplingArrays, SamplingParams
+from dsv4_jax.sampling import SamplingParams
 from dsv4_jax.tokenizer import Tokenizer
-from pallas_kernels.dispatch import choose, parse_choice
+from pallas_kernels.dispatch import parse_choice
 
-# Shapes are rounded up to powers of two from these on, so that few programs serve all requests.
-SHORTEST_PROMPT = 64
-FEWEST_NEW = 32
-SHORTEST_CACHE = 128
+SHORTEST_CACHE = 128  # room in the caches is a power of two from here on, so that few programs serve all
 MOST_DRAFTS = 4  # of one step: the head, trained for one, guesses worse with each
 
 Prompt = str | Sequence[int]
@@ -75,7 +68,7 @@ class GenerationOutput:
     text: str | None
     logprobs: list[float] | None
     logprob_sum: float
-    finish_reason: Literal["stop", "length", "error"]
+    finish_reason: FinishReason
     drafted: int
     accepted: int
     timings: Timings
@@ -90,7 +83,7 @@ class LLM:
       implementation: of its ops, as `pallas_kernels.dispatch.parse_choice` reads it; None: the fastest.
       tokenizer: None if the checkpoint folder has none; prompts are then token ids.
       max_len: tokens that a prompt and its answer may have together.
-      max_batch: prompts that run together; more are answered in turns.
+      max_batch: prompts that run together; another starts when one of them ends.
       draft_tokens: tokens that the MTP head drafts for each step; 0 for none.
     """
 
@@ -120,6 +113,7 @@ class LLM:
         self.model, self.numerics, self.tokenizer = model, numerics, tokenizer
         self.implementation = implementation
         self.max_len, self.max_batch = max_len or longest, max_batch
+        self._engine: Engine | None = None
 
     @classmethod
     def from_pretrained(
@@ -188,10 +182,63 @@ class LLM:
             (self._token_ids(prompt, params, name), params)
             for prompt, params, name in zip(prompts, sampling, names, strict=True)
         ]
-        outputs: list[GenerationOutput] = []
-        for start in range(0, len(requests), self.max_batch):
-            outputs += self._run(requests[start : start + self.max_batch])
-        return outputs
+        collected = [_Collected([], [], None, 0, 0) for _ in requests]
+        started = time.perf_counter()
+        with count_compiles() as compiles:
+            engine = self._engine_for(requests)
+            places = {engine.add(ids, params): place for place, (ids, params) in enumerate(requests)}
+            try:
+                for event in engine.run():
+                    collected[places[event.request]].take(event)
+            except BaseException:
+                self._engine = None  # its slots are in the middle of this
+                raise
+        seconds = time.perf_counter() - started
+        tokens = sum(len(each.token_ids) for each in collected)
+        timings = Timings(seconds, min(compiles.seconds, seconds), compiles.count, tokens)
+        pairs = zip(requests, collected, strict=True)
+        return [self._output(request, found, timings) for request, found in pairs]
+
+    def stream(
+        self, prompt: Prompt, sampling: SamplingParams | None = None, *, name: str = "prompt"
+    ) -> Iterator[Event]:
+        """Continues one prompt and gives each step's tokens as they come; the last event has a finish_reason.
+
+        Whoever stops listening ends the request.
+
+        Raises:
+          RequestError: the prompt cannot be served. Nothing has run then.
+        """
+        sampling = sampling or SamplingParams()
+        request = self._token_ids(prompt, sampling, name), sampling
+        return self._stream(request)
+
+    def _stream(self, request: tuple[list[int], SamplingParams]) -> Iterator[Event]:
+        engine = self._engine_for([request])
+        number = engine.add(*request)
+        try:
+            yield from engine.run()
+        finally:
+            engine.cancel(number)
+            for _ in engine.run():
+                pass
+
+    def _engine_for(self, requests: Sequence[tuple[list[int], SamplingParams]]) -> Engine:
+        """With a slot for each of these, up to `max_batch`, and room for the longest; kept for the next."""
+        longest = max(len(ids) + params.max_tokens for ids, params in requests)
+        slots = min(_power_of_two(len(requests), 1), self.max_batch)
+        max_len = min(_power_of_two(longest, SHORTEST_CACHE), max(self.max_len, SHORTEST_CACHE))
+        if self._engine is None or (self._engine.slots, self._engine.max_len) != (slots, max_len):
+            self._engine = None  # frees its caches before there are new ones
+            self._engine = Engine(
+                self.model,
+                numerics=self.numerics,
+                slots=slots,
+                max_len=max_len,
+                draft_tokens=self.draft_tokens,
+                implementation=self.implementation,
+            )
+        return self._engine
 
     def _token_ids(self, prompt: Any, params: SamplingParams, name: str) -> list[int]:
         if isinstance(prompt, str):
@@ -208,66 +255,41 @@ class LLM:
             name=name,
         )
 
-    def _run(self, requests: list[tuple[list[int], SamplingParams]]) -> list[GenerationOutput]:
-        """One batch, padded up to a shape that other batches share."""
-        idle = ([0], SamplingParams(temperature=0.0))
-        rows = requests + [idle] * (_power_of_two(len(requests), 1) - len(requests))
-        length = np.array([len(ids) for ids, _ in rows], np.int32)
-        max_tokens = np.array(
-            [params.max_tokens for _, params in requests] + [0] * (len(rows) - len(requests))
-        )
-        ids = np.zeros((len(rows), _power_of_two(int(length.max()), SHORTEST_PROMPT)), np.int32)
-        for row, (prompt, _) in enumerate(rows):
-            ids[row, : len(prompt)] = prompt
-
-        model = self.model
-        started = time.perf_counter()
-        with (
-            count_compiles() as compiles,
-            jax.set_mesh(model.mesh) if model.mesh else nullcontext(),
-            choose(self.implementation),
-        ):
-            written = generate(
-                model.config,
-                self.numerics,
-                model.params,
-                jnp.asarray(ids),
-                jnp.asarray(length),
-                Requests(
-                    SamplingArrays.stack([params for _, params in rows]),
-                    jnp.asarray(max_tokens, jnp.int32),
-                    jnp.asarray([not params.ignore_eos for _, params in rows]),
-                ),
-                mtp_params=model.mtp_params if self.draft_tokens else None,
-                draft_tokens=self.draft_tokens,
-                max_new=_power_of_two(int(max_tokens.max()), FEWEST_NEW),
-                max_len=_power_of_two(int((length + max_tokens).max()), SHORTEST_CACHE),
-            )
-            written = jax.device_get(written)
-        seconds = time.perf_counter() - started
-        tokens = int(written.count[: len(requests)].sum())
-        timings = Timings(seconds, min(compiles.seconds, seconds), compiles.count, tokens)
-        return [self._output(request, written, row, timings) for row, request in enumerate(requests)]
-
     def _output(
-        self, request: tuple[list[int], SamplingParams], written: Any, row: int, timings: Timings
+        self, request: tuple[list[int], SamplingParams], found: "_Collected", timings: Timings
     ) -> GenerationOutput:
         prompt, params = request
-        count = int(written.count[row])
-        tokens, logprobs = written.tokens[row, :count].tolist(), written.logprobs[row, :count].tolist()
-        reason = "error" if written.not_finite[row] else "stop" if written.stopped[row] else "length"
-        shown = tokens[:-1] if reason == "stop" else tokens
+        assert found.finish_reason is not None
+        shown = found.token_ids[:-1] if found.finish_reason == "stop" else found.token_ids
         return GenerationOutput(
             prompt_token_ids=prompt,
-            token_ids=tokens,
+            token_ids=found.token_ids,
             text=self.tokenizer.decode(shown) if self.tokenizer else None,
-            logprobs=logprobs if params.logprobs else None,
-            logprob_sum=float(sum(logprobs)),
-            finish_reason=reason,
-            drafted=int(written.drafted[row]),
-            accepted=int(written.accepted[row]),
+            logprobs=found.logprobs if params.logprobs else None,
+            logprob_sum=float(sum(found.logprobs)),
+            finish_reason=found.finish_reason,
+            drafted=found.drafted,
+            accepted=found.accepted,
             timings=timings,
         )
+
+
+@dataclasses.dataclass
+class _Collected:
+    """What the events of one request brought so far."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: FinishReason | None
+    drafted: int
+    accepted: int
+
+    def take(self, event: Event) -> None:
+        self.token_ids += event.token_ids
+        self.logprobs += event.logprobs
+        self.finish_reason = event.finish_reason
+        self.drafted += event.drafted
+        self.accepted += event.accepted
 
 
 def _check_implementation(implementation: str | None) -> None:

@@ -80,6 +80,43 @@ def test_eos_ends_an_answer_unless_it_is_ignored(llm):
     assert len(ignored.token_ids) == 8
 
 
+def test_a_stream_gives_the_same_tokens_as_they_come(llm):
+    expected = llm.generate(PROMPTS[1], GREEDY)[0]
+
+    events = list(llm.stream(PROMPTS[1], GREEDY))
+
+    assert [token for event in events for token in event.token_ids] == expected.token_ids
+    assert [event.finish_reason for event in events] == [None] * 7 + ["length"]
+
+
+def test_a_stream_that_is_left_early_leaves_nothing_behind(llm):
+    expected = llm.generate(PROMPTS[1], GREEDY)[0].token_ids
+
+    for event in llm.stream(PROMPTS[2], GREEDY):
+        if event.token_ids:
+            break
+
+    assert llm.generate(PROMPTS[1], GREEDY)[0].token_ids == expected
+
+
+def test_drafts_change_no_greedy_answer_and_are_counted(llm):
+    drafting = LLM.from_pretrained(GOLDEN, numerics=PLAIN, draft_tokens=2)
+
+    found, expected = drafting.generate(PROMPTS, GREEDY), llm.generate(PROMPTS, GREEDY)
+
+    assert [each.token_ids for each in found] == [each.token_ids for each in expected]
+    assert all(each.drafted >= 2 and each.accepted <= each.drafted for each in found)
+    assert [each.drafted for each in expected] == [0] * 3
+
+
+def test_drafts_are_refused_without_the_head_or_in_large_numbers(llm):
+    without = dataclasses.replace(llm.model, mtp_params=None)
+    with pytest.raises(RequestError, match="needs the MTP head"):
+        LLM(without, draft_tokens=1)
+    with pytest.raises(RequestError, match=r"draft_tokens must be in \[0, 4\], got 5"):
+        LLM.from_pretrained("/no such folder", draft_tokens=5)
+
+
 def test_the_released_arithmetic_runs(llm):
     official = LLM(llm.model, numerics=OFFICIAL)
 
