@@ -17,7 +17,7 @@ from pallas_kernels.compressor import compress
 from pallas_kernels.expert_mlp import ExpertTiles, expert_mlp, prepare_experts
 from pallas_kernels.formats import FORMATS, QuantArray, dequantize, fake_quantize, quantize
 from pallas_kernels.grouped_matmul import grouped_matmul
-from pallas_kernels.hyper_connection import hc_head, hc_post, hc_pre
+from pallas_kernels.hyper_connection import hc_head, hc_post, hc_post_pre, hc_pre
 from pallas_kernels.indexer import hadamard, index_scores, index_select
 from pallas_kernels.routing import route_by_id, route_by_score
 from pallas_kernels.sparse_attention import sparse_attention
@@ -45,6 +45,7 @@ __all__ = [
     "hadamard",
     "hc_head",
     "hc_post",
+    "hc_post_pre",
     "hc_pre",
     "index_query",
     "index_scores",

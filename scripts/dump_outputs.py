@@ -151,7 +151,7 @@ def _one_block(config: Config, graphdef, params, streams, ids, cache: LayerCache
     out, after = block(streams, ids, start, length, cache)
     if block.attn.ratio != 4:
         return out, after, None
-    attention, x = block.attn, block.attn_norm(block.hc_attn(streams)[0])
+    attention, x = block.attn, block.hc_attn.read(streams, block.attn_norm)[0]
     positions = jnp.arange(ids.shape[1])[None]
     angles = rope_angles(positions, rope_frequencies(config, attention.ratio))
     q_latent, _ = attention.latents(x)

@@ -34,9 +34,8 @@ class Block(nnx.Module):
         cache: LayerCache,
     ) -> tuple[Float[Array, "B T X M"], LayerCache]:
         """The streams after this layer, and its cache with the new tokens in it."""
-        x, post, comb = self.hc_attn(streams)
-        y, cache = self.attn(self.attn_norm(x), position, length, cache)
-        streams = hc_post(y, streams, post, comb)
-        x, post, comb = self.hc_ffn(streams)
-        y = self.ffn(self.ffn_norm(x), ids)
-        return constrain(hc_post(y, streams, post, comb), "batch", "tokens", "streams", "hidden"), cache
+        x, residual = self.hc_attn.read(streams, self.attn_norm)
+        y, cache = self.attn(x, position, length, cache)
+        x, residual = self.hc_ffn.write_and_read(y, residual, self.ffn_norm)
+        streams = hc_post(self.ffn(x, ids), *residual)
+        return constrain(streams, "batch", "tokens", "streams", "hidden"), cache

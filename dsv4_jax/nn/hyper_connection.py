@@ -1,12 +1,23 @@
 """Hyper-connections with their parameters: how a sub-layer reads and writes the residual streams."""
 
+from typing import Any, NamedTuple
+
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32
 
 from dsv4_jax.config import Config
+from dsv4_jax.nn.norm import RMSNorm
 from dsv4_jax.nn.parameter import parameter
-from pallas_kernels import hc_head, hc_pre
+from pallas_kernels import hc_head, hc_post_pre, hc_pre
+
+
+class Residual(NamedTuple):
+    """The streams that a sub-layer read, and how its output goes back: what `hc_post` takes besides that."""
+
+    streams: Float[Array, "*tokens X M"]
+    post: Float32[Array, "*tokens X"]
+    comb: Float32[Array, "*tokens X X"]
 
 
 class HyperConnection(nnx.Module):
@@ -20,19 +31,30 @@ class HyperConnection(nnx.Module):
         self.scale = parameter((3,), jnp.float32, None)
         self.config = config
 
-    def __call__(
-        self, streams: Float[Array, "*tokens X M"]
-    ) -> tuple[Float[Array, "*tokens M"], Float32[Array, "*tokens X"], Float32[Array, "*tokens X X"]]:
-        """The sub-layer's input, and `post` and `comb` for `hc_post`."""
-        return hc_pre(
-            streams,
-            self.fn.get_value(),
-            self.scale.get_value(),
-            self.base.get_value(),
-            sinkhorn_iters=self.config.hc_sinkhorn_iters,
-            eps=self.config.hc_eps,
-            norm_eps=self.config.rms_norm_eps,
-        )
+    def read(
+        self, streams: Float[Array, "*tokens X M"], norm: RMSNorm | None
+    ) -> tuple[Float[Array, "*tokens M"], Residual]:
+        """The sub-layer's input, normalised unless `norm` is None, and how its output goes back."""
+        x, post, comb = hc_pre(streams, *self._mixes(), **self._settings(norm))
+        return x, Residual(streams, post, comb)
+
+    def write_and_read(
+        self, y: Float[Array, "*tokens M"], residual: Residual, norm: RMSNorm
+    ) -> tuple[Float[Array, "*tokens M"], Residual]:
+        """Writes the output of the sub-layer before, then as `read`."""
+        streams, x, post, comb = hc_post_pre(y, *residual, *self._mixes(), **self._settings(norm))
+        return x, Residual(streams, post, comb)
+
+    def _mixes(self) -> tuple[Array, Array, Array]:
+        return self.fn.get_value(), self.scale.get_value(), self.base.get_value()
+
+    def _settings(self, norm: RMSNorm | None) -> dict[str, Any]:
+        return {
+            "sinkhorn_iters": self.config.hc_sinkhorn_iters,
+            "eps": self.config.hc_eps,
+            "norm_eps": self.config.rms_norm_eps,
+            "norm_weight": None if norm is None else norm.weight.get_value(),
+        }
 
 
 class HyperHead(nnx.Module):

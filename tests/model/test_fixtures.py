@@ -67,8 +67,9 @@ def ids(golden) -> jax.Array:
 
 
 def _hyper_connection(connection, streams):
-    x, post, comb = connection(streams)
-    return {"pre_out": x, "post": post, "comb": comb, "post_out": hc_post(x, streams, post, comb)}
+    x, residual = connection.read(streams, None)
+    out = {"pre_out": x, "post": residual.post, "comb": residual.comb}
+    return out | {"post_out": hc_post(x, *residual)}
 
 
 def hyper_connections(golden) -> Outputs:
