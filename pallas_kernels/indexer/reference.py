@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.formats import QuantArray, dequantize
+
 # Scores of all queries at once would not fit for long prompts.
 QUERIES_AT_ONCE = 64
 
@@ -17,8 +19,10 @@ def hadamard(x: jax.Array) -> jax.Array:
     return (rotated * size**-0.5).astype(x.dtype)
 
 
-def index_scores(q: jax.Array, keys: jax.Array, weights: jax.Array) -> jax.Array:
-    q_BTIJ, keys_BSJ = q.astype(jnp.float32), keys.astype(jnp.float32)
+def index_scores(q: jax.Array | QuantArray, keys: jax.Array | QuantArray, weights: jax.Array) -> jax.Array:
+    q_BTIJ, keys_BSJ = (
+        dequantize(each) if isinstance(each, QuantArray) else each.astype(jnp.float32) for each in (q, keys)
+    )
     hits_BTIS = jax.nn.relu(jnp.einsum("btij,bsj->btis", q_BTIJ, keys_BSJ, precision="highest"))
     return jnp.einsum("bti,btis->bts", weights.astype(jnp.float32), hits_BTIS, precision="highest")
 
@@ -30,7 +34,11 @@ def index_top_k(scores: jax.Array, visible: jax.Array, top_k: int) -> jax.Array:
 
 
 def index_select(
-    q: jax.Array, keys: jax.Array, weights: jax.Array, visible: jax.Array, top_k: int
+    q: jax.Array | QuantArray,
+    keys: jax.Array | QuantArray,
+    weights: jax.Array,
+    visible: jax.Array,
+    top_k: int,
 ) -> jax.Array:
     def one_query(query):
         q_BIJ, weights_BI, visible_B = query

@@ -1,0 +1,348 @@
+"""The Triton kernels of the indexer: they compile for every chip, and are right on one."""
+
+import re
+import struct
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import Target
+from pallas_kernels.formats import QuantArray, fake_quantize, quantize
+from pallas_kernels.indexer import SCORES, SELECT, index_scores, index_select, reference
+
+kernels = pytest.importorskip("pallas_kernels.indexer.triton")
+scores = pytest.importorskip("pallas_kernels.indexer.scores")
+top_k = pytest.importorskip("pallas_kernels.indexer.top_k")
+triton_call = pytest.importorskip("pallas_kernels.triton_call")
+
+F32, BF16, I32, FP8 = jnp.float32, jnp.bfloat16, jnp.int32, jnp.float8_e4m3fn
+H200, CPU = Target("cuda", "sm_90"), Target("cpu", "")
+EVERY_ARCH = ["sm_80", "sm_90", "sm_100", "gfx942", "gfx950"]
+# What a block of the chip can have of shared memory, KiB.
+SHARED = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64, "gfx950": 160}
+MATRIX = {
+    "sm_80": r"mma\.sync",
+    "sm_90": r"wgmma\.mma_async",
+    "sm_100": r"tcgen05\.mma",
+    "gfx942": "v_mfma",
+    "gfx950": "v_mfma",
+}
+HEADS, CHANNELS = 64, 128
+
+
+def target_of(arch):
+    return Target("cuda" if arch.startswith("sm_") else "rocm", arch)
+
+
+def shape(*sizes, dtype=BF16):
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+def shapes(batch, tokens, entries, quantized=False, heads=HEADS, channels=CHANNELS, dtype=BF16):
+    """q, keys, weights and visible, as shapes."""
+
+    def operand(*sizes):
+        if not quantized:
+            return shape(*sizes, dtype=dtype)
+        scale = shape(*sizes[:-1], 1, dtype=jnp.uint8)
+        return QuantArray(shape(*sizes, dtype=FP8), scale, "fp8_token128")
+
+    weights, visible = shape(batch, tokens, heads, dtype=F32), shape(batch, tokens, dtype=I32)
+    return operand(batch, tokens, heads, channels), operand(batch, entries, channels), weights, visible
+
+
+def made_up(batch, tokens, entries, quantized=False, heads=HEADS, channels=CHANNELS):
+    """q, keys, weights and visible; operands hold FP4 values, as the model's do."""
+    keys = jax.random.split(jax.random.key(tokens * entries), 4)
+
+    def operand(key, *sizes):
+        values = fake_quantize(jax.random.normal(key, sizes, BF16), "fp4_group32")
+        return quantize(values, "fp8_token128") if quantized else values
+
+    return (
+        operand(keys[0], batch, tokens, heads, channels),
+        operand(keys[1], batch, entries, channels),
+        jax.random.normal(keys[2], (batch, tokens, heads)),
+        jax.random.randint(keys[3], (batch, tokens), 0, entries + 1),
+    )
+
+
+def best(row, visible, count):
+    """Indices of the best by the bits of the scores, which tell -0.0 from 0.0; NaN first, -infinity never."""
+    bits = np.int64(np.float32(row).view(np.int32))
+    rank = np.where(bits < 0, -(bits & 0x7FFFFFFF) - 1, bits)[:visible]
+    order = np.argsort(-rank, kind="stable")[:count]
+    order = order[row[order] != -np.inf]
+    return [*order, *[-1] * (count - len(order))]
+
+
+def hard_rows(columns, rng):
+    """Rows that a choice by bisection may trip over."""
+    normal = rng.normal(size=columns).astype(np.float32)
+    zeros = np.where(np.arange(columns) % 3 == 0, normal, np.where(rng.random(columns) < 0.5, -0.0, 0.0))
+    spread = normal * np.exp2(rng.integers(-120, 121, columns))
+    odd = normal.copy()
+    odd[::7], odd[2::9], odd[3::9] = np.inf, np.nan, -np.inf
+    clusters = np.float32(1) + np.float32(2**-23) * rng.integers(0, 3, columns)
+    constants = [np.full(columns, value) for value in (0.0, -0.0, np.inf, -np.inf, np.nan, 3e38)]
+    rows = [normal, np.round(2 * normal), zeros, spread, odd, clusters, np.sort(normal), *constants]
+    return np.stack(rows).astype(np.float32)
+
+
+def assert_top_k(rows, visible, count, **choices):
+    found = top_k.index_top_k(
+        jnp.asarray(rows)[:, None], jnp.asarray(visible, I32)[:, None], count, **choices
+    )
+
+    assert found.shape == (len(rows), 1, min(count, choices.get("columns") or rows.shape[1]))
+    for row, seen, chosen in zip(rows, visible, np.asarray(found)[:, 0], strict=True):
+        assert chosen.tolist() == best(row, seen, len(chosen))
+
+
+def compiled(found, arch):
+    for launch in found:
+        binary = triton_call.compile_offline(launch, arch)
+        (machine,) = struct.unpack_from("<H", binary.code, 18)
+        assert binary.code[:4] == b"\x7fELF"
+        assert machine == (190 if arch.startswith("sm_") else 224)
+        assert binary.shared_bytes <= 1024 * SHARED[arch]
+        yield binary
+
+
+# --- anywhere
+
+
+def test_expected_orders_are_those_of_the_definition():
+    rows = hard_rows(100, np.random.default_rng(0))
+    visible = np.full(len(rows), 90, np.int32)
+
+    found = np.asarray(reference.index_top_k(jnp.asarray(rows), jnp.asarray(visible), 40))
+
+    assert found.tolist() == [best(row, 90, 40) for row in rows]
+
+
+@pytest.mark.parametrize(
+    "shape", [(0, 3, 5), (2, 0, 5), (2, 3, 0)], ids=["no sequence", "no token", "no entry"]
+)
+@pytest.mark.parametrize("quantized", [False, True], ids=["bfloat16", "FP8"])
+def test_nothing_gives_nothing(shape, quantized):
+    batch, tokens, entries = shape
+    q, keys = jnp.zeros((batch, tokens, 16, 128), BF16), jnp.zeros((batch, entries, 128), BF16)
+    if quantized:
+        q = QuantArray(q.astype(FP8), jnp.zeros((batch, tokens, 16, 1), jnp.uint8), "fp8_token128")
+        keys = QuantArray(keys.astype(FP8), jnp.zeros((batch, entries, 1), jnp.uint8), "fp8_token128")
+    weights, visible = jnp.zeros((batch, tokens, 16)), jnp.zeros((batch, tokens), I32)
+
+    chosen = index_select(q, keys, weights, visible, 4, implementation="triton")
+
+    assert index_scores(q, keys, weights, implementation="triton").shape == shape
+    assert chosen.shape == (batch, tokens, min(4, entries))
+
+
+def test_the_definition_takes_fp8_and_finds_fp4_values_unchanged():
+    q, keys, weights, visible = made_up(2, 3, 40)
+    quantized = quantize(q, "fp8_token128"), quantize(keys, "fp8_token128")
+
+    np.testing.assert_array_equal(index_scores(*quantized, weights), index_scores(q, keys, weights))
+    np.testing.assert_array_equal(
+        index_select(*quantized, weights, visible, 9), index_select(q, keys, weights, visible, 9)
+    )
+
+
+@pytest.mark.parametrize(
+    ("target", "arguments", "count", "fits"),
+    [
+        (H200, shapes(1, 1, 8192), 512, True),
+        (H200, shapes(1, 4096, 2**18), 1024, True),
+        (H200, shapes(1, 1, 8192, True), 512, True),
+        (Target("rocm", "gfx942"), shapes(1, 1, 8192), 512, True),
+        (Target("rocm", "gfx942"), shapes(1, 1, 8192, True), 512, False),
+        (Target("cuda", "sm_80"), shapes(1, 1, 8192, True), 512, False),
+        (H200, shapes(1, 1, 8192, dtype=F32), 512, False),
+        (H200, (*shapes(1, 1, 8192, True)[:1], *shapes(1, 1, 8192)[1:]), 512, False),
+        (H200, shapes(1, 1, 8192, heads=4), 512, False),
+        (H200, shapes(1, 1, 8192, channels=80), 512, False),
+        (H200, shapes(1, 1, 2**24), 512, False),
+        (H200, shapes(1, 1, 8192), 4096, False),
+        (CPU, shapes(1, 1, 8192), 512, False),
+    ],
+    ids=[
+        "one query",
+        "a prompt",
+        "FP8",
+        "CDNA3",
+        "CDNA3, whose FP8 is another",
+        "FP8 on Ampere",
+        "float32",
+        "FP8 queries only",
+        "few heads",
+        "channels that are no power of two",
+        "keys beyond int32",
+        "too many chosen",
+        "a CPU",
+    ],
+)
+def test_the_kernels_take(target, arguments, count, fits):
+    assert SELECT[0].fits(target, *arguments, count) is fits
+    assert SCORES[0].fits(target, *arguments[:3]) is (fits or count == 4096)
+
+
+@pytest.mark.parametrize("arch", EVERY_ARCH)
+@pytest.mark.parametrize(
+    ("batch", "tokens", "entries"),
+    [(1, 1, 32768), (128, 1, 8192), (3, 4, 1000), (1, 4096, 4096), (2, 129, 1001)],
+    ids=["one query", "decoding", "drafts", "a prompt", "odd sizes"],
+)
+@pytest.mark.parametrize("quantized", [False, True], ids=["bfloat16", "FP8"])
+def test_scores_compile_to_matrix_instructions_for(batch, tokens, entries, quantized, arch):
+    if quantized and not target_of(arch).has_e4m3:
+        pytest.skip("no FP8 products")
+    arguments = shapes(batch, tokens, entries, quantized)
+    tiling = scores.tiling_for(arch, batch, tokens, entries, HEADS, quantized)
+
+    found = triton_call.launches(lambda *arrays: scores.index_scores(*arrays, tiling=tiling), *arguments)
+
+    (binary,) = compiled(found, arch)
+    assert re.search(MATRIX[arch], binary.assembly)
+
+
+@pytest.mark.parametrize("arch", EVERY_ARCH)
+@pytest.mark.parametrize(
+    ("rows", "columns", "count", "launches"),
+    [(1, 8192, 512, 1), (128, 32768, 512, 1), (1, 2**18, 1024, 2), (7, 100, 512, 1), (2, 2**21, 2048, 3)],
+    ids=["one row", "long rows", "a very long row", "short rows", "three rounds"],
+)
+def test_top_k_compiles_for(rows, columns, count, launches, arch, monkeypatch):
+    monkeypatch.setattr(top_k, "current_target", lambda: target_of(arch))
+    arguments = shape(rows, 1, columns, dtype=F32), shape(rows, 1, dtype=I32)
+
+    found = triton_call.launches(lambda *arrays: top_k.index_top_k(*arrays, count), *arguments)
+
+    assert len(found) == launches
+    assert len(list(compiled(found, arch))) == launches
+
+
+def test_scores_of_a_prompt_are_held_a_block_at_a_time():
+    arguments = shapes(1, 4096, 32768)
+
+    program = jax.make_jaxpr(lambda *arrays: kernels.index_select(*arrays, 512))(*arguments)
+
+    largest = max(
+        var.aval.size
+        for eqn in triton_call._equations(program.jaxpr)
+        for var in eqn.outvars
+        if var.aval.dtype == F32
+    )
+    assert 4 * largest <= kernels.SCORE_BYTES
+
+
+# --- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quantized", [False, True], ids=["bfloat16", "FP8"])
+@pytest.mark.parametrize(
+    ("batch", "tokens", "entries"),
+    [(1, 1, 1), (2, 1, 1000), (3, 2, 129), (2, 4, 8192), (2, 17, 127), (1, 129, 1001), (1, 1000, 700)],
+)
+def test_scores_are_those_of_the_definition(batch, tokens, entries, quantized):
+    q, keys, weights, _ = made_up(batch, tokens, entries, quantized)
+
+    found = index_scores(q, keys, weights, implementation="triton")
+
+    expected = reference.index_scores(q, keys, weights)
+    most = jnp.abs(expected).max()
+    # Sums of FP8 products keep some 14 bits on Hopper.
+    assert jnp.abs(found - expected).max() <= most * (2e-3 if quantized else 2e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "tiling",
+    [
+        scores.Tiling(64, 1, 3, False, 4, 2),
+        scores.Tiling(128, 2, 5, True, 4, 3),
+        scores.Tiling(256, 1, 64, True, 8, 3),
+        scores.Tiling(256, 4, 7, False, 8, 2),
+    ],
+    ids=lambda tiling: " ".join(map(str, tiling)),
+)
+@pytest.mark.parametrize("heads", [16, 64], ids="heads={}".format)
+def test_every_way_to_cut_the_work_gives_the_visible_scores(tiling, heads):
+    q, keys, weights, visible = made_up(2, 23, 900, heads=heads, channels=64)
+
+    found = scores.index_scores(
+        q, keys, weights, visible, first=jnp.array([3]), rows=19, stride=1024, tiling=tiling
+    )
+
+    expected = reference.index_scores(q, keys, weights)[:, 3:22]
+    shown = jnp.arange(900) < visible[:, 3:22, None]
+    error = jnp.where(shown, found[..., :900] - expected, 0)
+    assert found.shape == (2, 19, 1024)
+    assert jnp.abs(error).max() <= 2e-6 * jnp.abs(expected).max()
+
+
+@pytest.mark.gpu
+def test_not_a_number_is_not_lost_and_no_response_is_zero():
+    q, keys = jnp.ones((1, 1, 16, 64), BF16), -jnp.ones((1, 130, 64), BF16).at[0, 7, 3].set(jnp.nan)
+
+    found = np.asarray(scores.index_scores(q, keys, -jnp.ones((1, 1, 16))))[0, 0]
+
+    assert np.isnan(found).nonzero()[0].tolist() == [7]
+    assert not np.signbit(np.delete(found, 7)).any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("columns", "count"), [(1, 1), (5, 9), (127, 100), (1000, 512), (8192, 512), (5000, 1024), (32768, 512)]
+)
+def test_top_k_is_exact(columns, count):
+    rows = hard_rows(columns, np.random.default_rng(columns))
+
+    assert_top_k(rows, np.full(len(rows), columns), count)
+    assert_top_k(rows, np.full(len(rows), (2 * columns + 1) // 3), count)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("columns", "count", "part"),
+    [(3001, 64, 256), (40000, 512, None), (2**18, 1024, None), (70000, 700, 8192)],
+)
+def test_rows_in_parts_give_the_same(columns, count, part):
+    rows = hard_rows(columns, np.random.default_rng(columns))
+
+    assert_top_k(rows, np.full(len(rows), columns), count, part=part)
+    assert_top_k(rows, np.full(len(rows), columns), count, part=part, columns=columns - 100)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("columns", [600, 8192, 40000])
+def test_fewer_visible_leave_places_empty(columns):
+    visible = np.array([0, 1, 2, 63, 511, 512, 513, 600])
+    rows = np.random.default_rng(0).normal(size=(len(visible), columns)).astype(np.float32)
+    rows[:, 600:] = np.nan  # read by nobody
+
+    assert_top_k(rows, visible, 512)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("batch", "tokens", "entries", "count"),
+    [(2, 1, 9000, 512), (3, 4, 1000, 64), (2, 129, 1001, 100), (1, 1000, 700, 1024)],
+)
+def test_select_is_the_best_of_the_scores_in_any_blocks(batch, tokens, entries, count):
+    q, keys, weights, visible = made_up(batch, tokens, entries)
+    visible = visible.at[0, 0].set(0)
+
+    whole = index_select(q, keys, weights, visible, count, implementation="triton")
+    blocks = kernels.index_select(q, keys, weights, visible, count, score_bytes=4 * 1024 * batch * 37)
+
+    found = np.asarray(scores.index_scores(q, keys, weights))
+    for b, t in np.ndindex(batch, tokens):
+        assert whole[b, t].tolist() == best(found[b, t], visible[b, t], whole.shape[2])
+    np.testing.assert_array_equal(blocks, whole)
+    expected = np.asarray(reference.index_select(q, keys, weights, visible, count))
+    # Scores that are equal but for rounding may change places.
+    assert np.mean(np.sort(expected) == np.sort(whole)) > 0.98
