@@ -46,7 +46,7 @@ def _triton_fits(
 
 IMPLEMENTATIONS = (
     Implementation("mosaic", _run_mosaic, fits=_mosaic_fits, proven=False),
-    Implementation("triton", _run_triton, fits=_triton_fits, proven=False),
+    Implementation("triton", _run_triton, fits=_triton_fits),
     Implementation("reference", reference.sparse_attention),
 )
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 import pallas_kernels
-from dsv4_jax import OFFICIAL, LoadedModel, decode_step, llm, make_cache
+from dsv4_jax import OFFICIAL, LoadedModel, decode_step, engine, make_cache
 from dsv4_jax.errors import RequestError
 from dsv4_jax.llm import LLM
 from pallas_kernels import Target, activation_quant, block_matmul, dispatch, quantize
@@ -270,11 +270,11 @@ def test_the_model_traces_what_is_chosen(on_mi350, tiny_fp4, shallow):
 def test_a_model_runs_under_its_own_choice_and_leaves_none_behind(tiny_fp4, monkeypatch):
     seen = []
 
-    def generate(*_, **__):
+    def read(*_, **__):
         seen.append(dispatch._chosen.value)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(llm, "generate", generate)
+    monkeypatch.setattr(engine, "_read", read)
     with pytest.raises(KeyboardInterrupt):
         LLM(tiny_fp4.loaded, implementation="reference").generate([[1, 2]])
 
