@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from typing import Any, NoReturn
 import jax
 
 from dsv4_jax.checkpoint.inspect import inspect_checkpoint
+from dsv4_jax.compiles import count_compiles
 from dsv4_jax.errors import (
     EXIT_BAD_DATA,
     EXIT_INTERRUPTED,
@@ -23,6 +25,7 @@ from dsv4_jax.errors import (
     DSV4Error,
     MemoryPlanError,
     NumericError,
+    OutputError,
     RequestError,
 )
 from dsv4_jax.llm import LLM, GenerationOutput
@@ -36,6 +39,7 @@ _EXAMPLES = """examples:
   dsv4-jax generate CHECKPOINT --prompt "The capital of Italy is" --max-tokens 32 --temperature 0
   dsv4-jax generate CHECKPOINT --tokens 0,128803,19923 --json
   dsv4-jax generate CHECKPOINT -i prompts.jsonl -o answers.jsonl --mesh tp=4,ep=2
+  dsv4-jax warmup CHECKPOINT --max-len 4096 --max-batch 16 --compile-cache programs
 
 a line of prompts.jsonl is {"id": ..., "prompt": "text"} or {"id": ..., "tokens": [1, 2]}; it may also set
 max_tokens, temperature, top_k, top_p, min_p, seed and ignore_eos for itself.
@@ -128,8 +132,44 @@ def _parser() -> argparse.ArgumentParser:
         "--strict", action="store_true", help="refuse tensors that have no place in the model"
     )
     generate.add_argument("--json", action="store_true", help="one JSON object per prompt")
+    _add_compile_cache(generate)
     generate.set_defaults(run=_generate)
+
+    warmup = commands.add_parser(
+        "warmup", help="compile what `generate` will need for so many prompts of such lengths, and keep it"
+    )
+    warmup.add_argument("checkpoint", type=Path, help="folder in the official format")
+    warmup.add_argument("--max-len", type=int, required=True, metavar="N", help="as for generate")
+    warmup.add_argument("--max-batch", type=int, default=32, metavar="N", help="as for generate")
+    warmup.add_argument("--draft-tokens", type=int, default=0, metavar="K", help="as for generate")
+    warmup.add_argument("--numerics", choices=list(PRESETS), default="official", help="default: %(default)s")
+    warmup.add_argument("--implementation", metavar="NAME|OP=NAME,...", help="as for generate")
+    warmup.add_argument("--mesh", type=_mesh_sizes, default={}, metavar="tp=N,ep=N,dp=N")
+    _add_compile_cache(warmup)
+    warmup.set_defaults(run=_warmup)
     return parser
+
+
+def _add_compile_cache(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--compile-cache",
+        type=Path,
+        metavar="DIR",
+        help="where compiled programs are kept (default: nowhere); generate finds those of warmup by the same"
+        " --max-len, --max-batch and --draft-tokens",
+    )
+
+
+def _keep_programs(folder: Path | None) -> None:
+    """Lets JAX read compiled programs from this folder, and write them there."""
+    if folder is None:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"--compile-cache {folder}: {error.strerror}") from None
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def _mesh_sizes(text: str) -> dict[str, int]:
@@ -181,10 +221,30 @@ def _generate(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _warmup(arguments: argparse.Namespace) -> int:
+    _keep_programs(arguments.compile_cache)
+    llm = LLM.from_pretrained(
+        arguments.checkpoint,
+        numerics=PRESETS[arguments.numerics],
+        implementation=arguments.implementation,
+        mesh=make_mesh(**arguments.mesh) if arguments.mesh else None,
+        progress=sys.stderr.isatty(),
+        max_len=arguments.max_len,
+        max_batch=arguments.max_batch,
+        draft_tokens=arguments.draft_tokens,
+    )
+    started = time.perf_counter()
+    with count_compiles() as compiles:
+        llm.warm_up()
+    _say(f"{compiles.count} programs ready in {time.perf_counter() - started:.1f} s")
+    return 0
+
+
 def _outputs(
     arguments: argparse.Namespace, rows: list[PromptRow], sampling: list[SamplingParams]
 ) -> list[GenerationOutput]:
     """Loads the model and answers."""
+    _keep_programs(arguments.compile_cache)
     llm = LLM.from_pretrained(
         arguments.checkpoint,
         numerics=PRESETS[arguments.numerics],
@@ -197,6 +257,8 @@ def _outputs(
         max_batch=arguments.max_batch,
         draft_tokens=arguments.draft_tokens,
     )
+    if arguments.compile_cache and arguments.max_len:
+        llm.warm_up()  # the shapes that `warmup` compiled
     _say("generating; the first batch of a new shape is compiled first")
     return llm.generate([row.prompt for row in rows], sampling, names=[row.where for row in rows])
 

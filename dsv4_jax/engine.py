@@ -3,6 +3,10 @@
 A slot is a row of fixed arrays, so nothing compiles when requests come and go. A prompt is read piece by
 piece, one piece between two decode steps; a slot whose request has ended reads and writes nothing. What a
 slot's caches hold of earlier requests needs no clearing: a sequence reads only what it wrote (`cache`).
+
+With `prefix_bytes`, what prompts have left behind is kept after each of their largest pieces (`prefix`). A
+prompt that begins with the same pieces goes on from there, and gets the same answer, to the bit: it reads the
+rest in the pieces in which it would have read it anyway.
 """
 
 import collections
@@ -27,7 +31,9 @@ from dsv4_jax.errors import MemoryPlanError, RequestError
 from dsv4_jax.model import Params, bind
 from dsv4_jax.mtp import bind_mtp, make_mtp_cache
 from dsv4_jax.numerics import Numerics
+from dsv4_jax.prefix import PrefixCache, PromptState, put_block, take_block
 from dsv4_jax.sampling import SamplingArrays, SamplingParams
+from dsv4_jax.sharding import constrain
 from pallas_kernels.dispatch import choose
 
 PIECES = (
@@ -83,6 +89,8 @@ class Engine:
       max_len: tokens that a prompt and its answer may have together.
       draft_tokens: tokens that the MTP head drafts for each step; 0 for none.
       steps: device programs run so far, pieces of prompts and decode steps.
+      prefix_hits: prompts so far whose beginning was kept.
+      prefix_tokens: tokens of these that were not read again.
     """
 
     def __init__(
@@ -95,30 +103,40 @@ class Engine:
         draft_tokens: int = 0,
         implementation: str | None = None,
         pieces: Sequence[int] = PIECES,
+        prefix_bytes: int = 0,
     ):
         """Allocates the caches of all slots.
 
+        Args:
+          prefix_bytes: memory for the beginnings of prompts; 0 keeps none.
+
         Raises:
-          MemoryPlanError: they do not fit the device's free memory.
+          MemoryPlanError: caches and beginnings do not fit the device's free memory, or `prefix_bytes` do not
+            hold a single piece.
           RequestError: drafts without the MTP head.
         """
         if draft_tokens and model.mtp_params is None:
             raise RequestError(f"draft_tokens={draft_tokens} needs the MTP head, which was not loaded")
         self.model, self.numerics, self.implementation = model, numerics, implementation
         self.slots, self.max_len, self.draft_tokens = slots, max_len, draft_tokens
-        self.steps = 0
+        self.steps = self.prefix_hits = self.prefix_tokens = 0
         self._pieces = tuple(sorted(pieces))
         self._sizes = {"batch": slots, "max_len": max_len, "max_draft": draft_tokens}
-        needed, free = self.cache_bytes, _free_bytes()
+        needed, free = self.cache_bytes + prefix_bytes, _free_bytes()
         if free is not None and needed > free:
+            kept = f" and {prefix_bytes / 2**30:.2f} GiB of prefixes" if prefix_bytes else ""
             raise MemoryPlanError(
-                f"caches of {slots} slots with {max_len} tokens take {needed / 2**30:.2f} GiB,"
+                f"caches of {slots} slots with {max_len} tokens{kept} take {needed / 2**30:.2f} GiB,"
                 f" {free / 2**30:.2f} GiB are free",
-                hint="fewer slots or a smaller max_len",
+                hint=f"fewer slots{', fewer prefix_bytes' if prefix_bytes else ''} or a smaller max_len",
             )
+        self._prefix = self._make_prefix(prefix_bytes) if prefix_bytes else None
         with self._context():
             self._requests = _idle(slots)
-            self._sequences = self._empty()
+            self._sequences, self._last = self._empty(), self._empty_last()
+            if not model.mesh:  # bound to the device, as programs will give them back: else all compile twice
+                device = jax.tree.leaves(model.params)[0].sharding
+                self._sequences, self._last = jax.device_put((self._sequences, self._last), device)
         self._numbers = itertools.count()
         self._waiting: collections.deque[_Request] = collections.deque()
         self._running: dict[int, _Request] = {}  # by slot
@@ -203,6 +221,10 @@ class Engine:
         number = self.add([0], SamplingParams(max_tokens=1))
         self.cancel(number)
         self.step()
+        if self._prefix is not None:
+            self._prefix.clear()
+            with self._context():
+                self._put_block(self._take_block(0, 0), 0, 0)
 
     # --- inside
 
@@ -239,6 +261,25 @@ class Engine:
             caches=self._empty_caches(),
         )
 
+    def _empty_last(self) -> Float[Array, "B X M"]:
+        config, numerics = self._static
+        shape = self.slots, config.hc_mult, config.hidden_size
+        return constrain(jnp.zeros(shape, numerics.dtype), "batch", "streams", "hidden")
+
+    def _make_prefix(self, budget: int) -> PrefixCache:
+        tokens = self._pieces[-1]
+        with self._context():
+            state = jax.eval_shape(lambda: PromptState(self._empty_caches(), self._empty_last()))
+            place = jax.ShapeDtypeStruct((2,), jnp.int32)
+            take = functools.partial(take_block, self.model.config, tokens)
+            block_bytes = jax.eval_shape(take, state, place).nbytes
+        if block_bytes > budget:
+            raise MemoryPlanError(
+                f"prefix_bytes={budget} do not hold a piece of {tokens} tokens, which takes {block_bytes}",
+                hint="more prefix_bytes, or 0",
+            )
+        return PrefixCache(tokens, block_bytes, budget)
+
     def _admit(self) -> None:
         for slot in range(self.slots):
             if self._waiting and slot not in self._running:
@@ -248,26 +289,58 @@ class Engine:
                 row = _request_row(request.sampling)
                 self._requests = _set_row(self._requests, row, np.int32(slot))
 
+    @property
+    def _state(self) -> PromptState:
+        return PromptState(self._sequences.caches, self._last)
+
+    @_state.setter
+    def _state(self, state: PromptState) -> None:
+        self._sequences = dataclasses.replace(self._sequences, caches=state.caches)
+        self._last = state.last
+
+    def _take_block(self, slot: int, number: int) -> PromptState:
+        place = np.array([slot, number], np.int32)
+        return take_block(self.model.config, self._pieces[-1], self._state, place)
+
+    def _put_block(self, block: PromptState, slot: int, number: int) -> None:
+        place = np.array([slot, number], np.int32)
+        self._state = put_block(self.model.config, self._pieces[-1], self._state, block, place)
+
+    def _re_enter(self, request: _Request) -> None:
+        """Takes a prompt as far as what is kept of its beginning."""
+        assert self._prefix is not None
+        assert request.slot is not None
+        blocks = self._prefix.find(request.ids)
+        for number, block in enumerate(blocks):
+            self._put_block(block, request.slot, number)
+        request.read = len(blocks) * self._prefix.tokens
+        self.prefix_hits += bool(blocks)
+        self.prefix_tokens += request.read
+
     def _read_piece(self, request: _Request) -> list[Event]:
         """The next piece of a prompt; after the last, the first token."""
+        slot = request.slot
+        assert slot is not None
+        if self._prefix is not None and request.read == 0:
+            self._re_enter(request)
         left = len(request.ids) - request.read
         fits = [piece for piece in self._pieces if piece <= left]
         size = fits[-1] if fits else self._pieces[0]
         here = min(size, left)
-        ids = np.zeros((2, size), np.int32)
+        ids = np.zeros((1, size), np.int32)
         ids[0, :here] = request.ids[request.read : request.read + here]
-        following = request.ids[request.read + 1 : request.read + here + 1]
-        ids[1, : len(following)] = following
-        numbers = np.array([request.slot, request.read, here, len(following)], np.int32)
-        last, caches = _read(*self._static, self._params, self._sequences.caches, ids, numbers)
-        self._sequences = dataclasses.replace(self._sequences, caches=caches)
+        numbers = np.array([slot, request.read, here], np.int32)
+        self._state = _read(*self._static, self._params, self._state, ids, numbers)
         self.steps += 1
         request.read += here
+        if self._prefix is not None and here == self._prefix.tokens:
+            number = request.read // here - 1
+            self._prefix.keep(request.ids[: request.read], lambda: self._take_block(slot, number))
         if request.reading:
             return []
-        place = np.array([request.slot, len(request.ids)], np.int32)
+        place = np.array([slot, len(request.ids)], np.int32)
         added, self._sequences = _begin(
-            *self._static, self.draft_tokens, self._params, self._requests, self._sequences, last, place
+            *self._static, self.draft_tokens, self._params, self._requests, self._sequences, self._last, place
         )
         return self._events(added, {0: request}, drafted=0)
 
@@ -330,25 +403,31 @@ def _read(
     config: Config,
     numerics: Numerics,
     params: tuple[Params, Params | None],
-    caches: Caches,
-    ids: Int32[Array, "2 T"],
-    numbers: Int32[Array, "4"],
-) -> tuple[Float[Array, "1 X M"], Caches]:
-    """Reads a piece of one slot's prompt: the streams of its last token, and the caches of all slots.
+    state: PromptState,
+    ids: Int32[Array, "1 T"],
+    numbers: Int32[Array, "3"],
+) -> PromptState:
+    """Reads a piece of one slot's prompt, the MTP head one token behind: the state of all slots.
 
     Args:
-      ids: the piece, and the tokens that follow each of its tokens.
-      numbers: the slot, the piece's position, its tokens, and how many of them are followed by one.
+      numbers: the slot, the piece's position, and its tokens.
     """
     models = _models(config, numerics, params)
-    slot, position, here, there = numbers[0], numbers[1:2], numbers[2:3], numbers[3:4]
-    row = _row(caches, slot)
-    streams, main = models.main(ids[:1], position, here, row.main)
-    head = row.head
+    slot, position, here = numbers[0], numbers[1:2], numbers[2:3]
+    row = _row(state, slot)
+    streams, main = models.main(ids, position, here, row.caches.main)
+    head = row.caches.head
     if models.head is not None and head is not None:
-        _, head = models.head(models.main, streams, ids[1:], position, there, head)
+        # The piece's tokens follow the last one before it and all of its own but the last.
+        behind = jnp.concatenate([row.last[:, None], streams[:, :-1]], axis=1)
+        start = position == 0  # where none is before it
+        behind = jnp.where(start, streams, behind)
+        following = jnp.where(start, jnp.roll(ids, -1, axis=1), ids)
+        _, head = models.head(
+            models.main, behind, following, jnp.maximum(position - 1, 0), here - start, head
+        )
     last = jax.lax.dynamic_index_in_dim(streams, here[0] - 1, axis=1, keepdims=False)
-    return last, _set_row(caches, Caches(main, head), slot)
+    return _set_row(state, PromptState(Caches(main, head), last), slot)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
@@ -359,14 +438,16 @@ def _begin(
     params: tuple[Params, Params | None],
     requests: Requests,
     sequences: Sequences,
-    last: Float[Array, "1 X M"],
+    last: Float[Array, "B X M"],
     place: Int32[Array, "2"],
 ) -> tuple[Added, Sequences]:
     """The first token of the slot `place[0]`, whose prompt of `place[1]` tokens has been read."""
     models, slot = _models(config, numerics, params), place[0]
     row = _row(sequences.caches, slot)
     asked = _row(requests, slot)
-    added, begun = first_step(models, asked, last, place[1:], row, draft_tokens, config.eos_token_id)
+    added, begun = first_step(
+        models, asked, _row(last, slot), place[1:], row, draft_tokens, config.eos_token_id
+    )
     return added, _set_row(sequences, begun, slot)
 
 

@@ -223,22 +223,36 @@ class LLM:
             for _ in engine.run():
                 pass
 
+    def warm_up(self) -> None:
+        """Makes room for `max_batch` requests of `max_len` tokens and compiles all that serving them needs.
+
+        From then on no request waits for the compiler.
+
+        Raises:
+          MemoryPlanError: so much room there is not.
+        """
+        self._engine = self._new_engine(self.max_batch, max(self.max_len, SHORTEST_CACHE))
+        self._engine.warm_up()
+
     def _engine_for(self, requests: Sequence[tuple[list[int], SamplingParams]]) -> Engine:
         """With a slot for each of these, up to `max_batch`, and room for the longest; kept for the next."""
         longest = max(len(ids) + params.max_tokens for ids, params in requests)
         slots = min(_power_of_two(len(requests), 1), self.max_batch)
-        max_len = min(_power_of_two(longest, SHORTEST_CACHE), max(self.max_len, SHORTEST_CACHE))
-        if self._engine is None or (self._engine.slots, self._engine.max_len) != (slots, max_len):
-            self._engine = None  # frees its caches before there are new ones
-            self._engine = Engine(
-                self.model,
-                numerics=self.numerics,
-                slots=slots,
-                max_len=max_len,
-                draft_tokens=self.draft_tokens,
-                implementation=self.implementation,
-            )
+        if self._engine is None or self._engine.slots < slots or self._engine.max_len < longest:
+            max_len = min(_power_of_two(longest, SHORTEST_CACHE), max(self.max_len, SHORTEST_CACHE))
+            self._engine = self._new_engine(slots, max_len)
         return self._engine
+
+    def _new_engine(self, slots: int, max_len: int) -> Engine:
+        self._engine = None  # frees its caches before there are new ones
+        return Engine(
+            self.model,
+            numerics=self.numerics,
+            slots=slots,
+            max_len=max_len,
+            draft_tokens=self.draft_tokens,
+            implementation=self.implementation,
+        )
 
     def _token_ids(self, prompt: Any, params: SamplingParams, name: str) -> list[int]:
         if isinstance(prompt, str):

@@ -55,6 +55,27 @@ def test_generate_gives_the_tokens_of_the_official_implementation(capsys):
     assert "tok/s" in err
 
 
+def test_generate_compiles_nothing_that_warmup_has_compiled(tmp_path):
+    programs = tmp_path / "programs"
+    sizes = ["--max-len", "128", "--max-batch", "2", "--numerics", "plain", "--compile-cache", programs]
+
+    def command(name: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        line = [sys.executable, "-m", "dsv4_jax", name, GOLDEN, *arguments, *sizes]
+        return subprocess.run([str(part) for part in line], capture_output=True, text=True, check=True)
+
+    def kept() -> list[str]:
+        return sorted(path.name for path in programs.iterdir() if path.name.endswith("-cache"))
+
+    warmed = command("warmup")
+    before = kept()
+    answered = command("generate", "--tokens", "3,4,5", "--max-tokens", "4", "--temperature", "0")
+
+    assert "programs ready in" in warmed.stderr
+    assert len(before) >= 3  # pieces of prompts, first tokens, decode steps
+    assert kept() == before
+    assert len(answered.stdout.split(",")) == 4
+
+
 def test_a_batch_file_is_answered_in_order_and_whole(capsys, tmp_path):
     prompts, answers = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
     rows = [{"id": f"row {n}", "tokens": list(range(2, 4 + n)), "max_tokens": 1 + n} for n in range(3)]

@@ -26,7 +26,7 @@ LEVELS = [
     ["sampling"],
     ["speculative"],
     ["decode"],
-    ["generate"],
+    ["generate", "prefix"],
     ["engine"],
     ["tokenizer", "prompts"],
     ["llm"],

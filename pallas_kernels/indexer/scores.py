@@ -46,7 +46,7 @@ def tiling_for(arch: str, batch: int, tokens: int, entries: int, heads: int, qua
         steps = max(
             1, min(8, tiles // 264)
         )  # two programs for each multiprocessor, as long as there are keys
-        queries = triton.next_power_of_2(tokens)
+        queries = 1 << (tokens - 1).bit_length()
         return Tiling(128, queries, steps, False, 4 if queries * heads <= 128 else 8, 1 if amd else 3)
     if amd:
         return Tiling(128, 1, 32, False, 4, 1)
@@ -253,11 +253,12 @@ def index_scores(
     entries = keys.shape[1]
     rows, stride = rows or tokens, stride or entries
     first = jnp.zeros(1, jnp.int32) if first is None else first
-    if isinstance(q, QuantArray) and isinstance(keys, QuantArray):
-        operands = (q.values, q.scale, keys.values, keys.scale)
-    else:
-        operands = (q, weights, keys, weights)  # scales are never read
     quantized = isinstance(q, QuantArray)
+    # In place of scales that are not there stands what is never read.
+    operands = [
+        *((q.values, q.scale) if isinstance(q, QuantArray) else (q, weights)),
+        *((keys.values, keys.scale) if isinstance(keys, QuantArray) else (keys, weights)),
+    ]
     tiling = tiling or tiling_for(current_target().arch, batch, rows, entries, heads, quantized)
     tiles = -(-entries // tiling.keys)
     constants: dict[str, Any] = {

@@ -8,6 +8,8 @@ parts, each of which leaves its best 2 k' to the next round.
 An entry travels as one int64: rank above, 2^31 - 1 - index below, so that the larger one goes first.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import triton
@@ -35,6 +37,11 @@ def _rank(score):
 @triton.jit
 def _score(rank):
     return (rank ^ ((rank >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _entry(rank, order):
+    return (rank.to(tl.int64) << 32) | order.to(tl.int64)
 
 
 @triton.jit
@@ -76,7 +83,7 @@ def _bisect(rank, K: tl.constexpr, ROOM: tl.constexpr):
 
 
 @triton.jit
-def _keep(entry, rank, kept, K: tl.constexpr, ROOM: tl.constexpr):
+def _keep(rank, order, kept, K: tl.constexpr, ROOM: tl.constexpr):
     """Writes the entries worth keeping to `kept` in their order; returns how many."""
     low, count, own = _bisect(rank, K, ROOM)
     above = rank > low
@@ -84,24 +91,24 @@ def _keep(entry, rank, kept, K: tl.constexpr, ROOM: tl.constexpr):
     running = tl.cumsum((above.to(tl.int32) << 16) + equal.to(tl.int32), 0)
     higher, same = running >> 16, running & 0xFFFF
     stays = (above | (equal & (same <= own))) & (rank > _HIDDEN)
-    tl.store(kept + higher + tl.minimum(same, own) - 1, entry, mask=stays)
+    tl.store(kept + higher + tl.minimum(same, own) - 1, _entry(rank, order), mask=stays)
     return count
 
 
 @triton.jit
 def _read(source, visible, row, part, S: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr):
-    """Entries of a part of a row: of scores, or such as a round before has left."""
+    """Both halves of the entries of a part of a row: of scores, or such as a round before has left."""
     place = part * BLOCK + tl.arange(0, BLOCK)
     if source.dtype.element_ty == tl.float32:
         seen = tl.minimum(tl.load(visible + row), S)
         score = tl.load(source + row * STRIDE + place, mask=place < seen, other=float("-inf"))
         rank = _rank(score)
-        entry = (rank.to(tl.int64) << 32) | (place ^ _LAST).to(tl.int64)
+        order = place ^ _LAST
     else:
         entries = source.to(tl.pointer_type(tl.int64))
         entry = tl.load(entries + row * STRIDE + place, mask=place < S, other=_NOTHING)
-        rank = (entry >> 32).to(tl.int32)
-    return entry, rank
+        rank, order = (entry >> 32).to(tl.int32), entry.to(tl.int32)
+    return rank, order
 
 
 @triton.jit
@@ -125,8 +132,8 @@ def _leave_best(
         seen = tl.minimum(tl.load(visible + row), S)
     count = 0
     if part * BLOCK < seen:
-        entry, rank = _read(source, visible, row, part, S, STRIDE, BLOCK)
-        count = _keep(entry, rank, kept, K, ROOM)
+        rank, order = _read(source, visible, row, part, S, STRIDE, BLOCK)
+        count = _keep(rank, order, kept, K, ROOM)
     place = tl.arange(0, ROOM)
     tl.store(kept + place, tl.full((ROOM,), _NOTHING, tl.int64), mask=place >= count)
 
@@ -145,18 +152,25 @@ def _choose(
 ):
     """A program takes a row that fits into it."""
     row = tl.program_id(0).to(tl.int64)
-    entry, rank = _read(source, visible, row, 0, S, STRIDE, BLOCK)
+    rank, order = _read(source, visible, row, 0, S, STRIDE, BLOCK)
     if BLOCK > ROOM:
         kept = kept.to(tl.pointer_type(tl.int64)) + row * ROOM
-        count = _keep(entry, rank, kept, K, ROOM)
+        count = _keep(rank, order, kept, K, ROOM)
         tl.debug_barrier()  # what other threads wrote is read from here on
         place = tl.arange(0, ROOM)
         entry = tl.load(kept + place, mask=place < count, other=_NOTHING)
+    else:
+        entry = _entry(rank, order)
     PLACES: tl.constexpr = ROOM // 2
     best = tl.topk(entry, PLACES)
     index = tl.where((best >> 32) > _HIDDEN, best.to(tl.int32) ^ _LAST, -1)
     place = tl.arange(0, PLACES)
     tl.store(chosen + row * K + place, index, mask=place < K)
+
+
+def _padded(size: int) -> int:
+    """The next power of two."""
+    return 1 << (size - 1).bit_length()
 
 
 def warps_for(block: int, amd: bool) -> int:
@@ -167,7 +181,7 @@ def warps_for(block: int, amd: bool) -> int:
 
 def part_for(rows: int, columns: int, room: int) -> int:
     """Entries of a part: whole rows where there are many, else enough parts to fill a chip."""
-    whole = max(triton.next_power_of_2(columns), room)
+    whole = max(_padded(columns), room)
     if rows >= _FEW_ROWS or whole <= 8192:
         return min(whole, _MOST_ONCE)
     # The next round should hold what all parts leave.
@@ -196,10 +210,11 @@ def index_top_k(
       [B, T, min(top_k, columns)] int32.
     """
     batch, tokens, stride = scores.shape
-    rows, columns = batch * tokens, columns or stride
+    rows = batch * tokens
+    columns = columns or stride
     amd = current_target().vendor == "rocm"
     count = min(top_k, columns)
-    places = max(_FEWEST, triton.next_power_of_2(count))
+    places = max(_FEWEST, _padded(count))
     room = 2 * places
     part = part or part_for(rows, columns, room)
     warps = num_warps or warps_for(part, amd)
@@ -208,13 +223,13 @@ def index_top_k(
     while columns > part:
         parts = -(-columns // part)
         out = jax.ShapeDtypeStruct((rows, parts, 2 * room), jnp.int32)
-        sizes = {"S": columns, "STRIDE": stride, "K": count, "ROOM": room, "BLOCK": part}
+        sizes: dict[str, Any] = {"S": columns, "STRIDE": stride, "K": count, "ROOM": room, "BLOCK": part}
         grid = (rows * parts,)
         source = triton_call(_leave_best, source, visible, out=out, grid=grid, num_warps=warps, **sizes)
         columns = stride = parts * room
-        part = min(triton.next_power_of_2(columns), _MOST_ONCE)
+        part = min(_padded(columns), _MOST_ONCE)
         warps = warps_for(part, amd)
-    part = max(triton.next_power_of_2(columns), places)
+    part = max(_padded(columns), places)
     sizes = {"S": columns, "STRIDE": stride, "K": count, "ROOM": room, "BLOCK": part}
     outs = (
         jax.ShapeDtypeStruct((batch, tokens, count), jnp.int32),

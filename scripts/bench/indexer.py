@@ -5,6 +5,7 @@ Every case is checked against the reference in the same run: scores of three que
 
   python scripts/bench/indexer.py --results scripts/bench/results/h200.json
   python scripts/bench/indexer.py --cases "top-k 512 B=128 keys=8192"
+  python scripts/bench/indexer.py --tune --seconds 90    times candidates too
 """
 
 import argparse
@@ -29,13 +30,27 @@ from small_ops import COLD_BYTES, COPY_BYTES_PER_S, program, size_bytes
 from dsv4_jax.config import FLASH
 from pallas_kernels.formats import fake_quantize, quantize
 from pallas_kernels.indexer import reference
-from pallas_kernels.indexer.scores import index_scores
+from pallas_kernels.indexer.scores import Tiling, index_scores
 from pallas_kernels.indexer.top_k import index_top_k
 
 BF16_FLOP_PER_S, FP8_FLOP_PER_S = 8.04e14, 1.48e15
 HEADS, CHANNELS, CHOSEN = FLASH.index_n_heads, FLASH.index_head_dim, FLASH.index_topk
 PROGRAM_US = 4000  # about how long one program is to run
 CHECKED = 3  # queries whose scores are checked
+
+# Tried by --tune. Scores: keys, queries, steps, in registers, warps, stages; top-k: entries of a part, warps.
+PREFILL = (
+    "128 1 32 1 4 4, 128 1 128 1 4 4, 128 1 64 0 4 3, 128 1 32 0 4 4, 128 2 32 0 4 3, 128 2 32 1 4 3, "
+    "256 1 64 0 8 3, 256 1 64 1 8 4, 256 2 32 0 8 3, 64 1 64 1 4 4, 64 2 32 1 4 3"
+)
+DECODE = (
+    "128 1 1 0 4 1, 128 1 2 0 4 2, 128 1 4 0 4 3, 128 1 8 0 4 4, 128 1 16 0 4 3, 64 1 1 0 4 1, 64 1 2 0 4 2, "
+    "64 1 8 0 4 4, 64 1 16 0 4 5, 256 1 2 0 8 2, 256 1 4 0 8 3"
+)
+TOP_K = {
+    8192: "8192 8, 8192 32, 4096 8, 4096 16, 2048 4",
+    32768: "32768 16, 16384 16, 16384 32, 8192 16, 8192 32, 4096 8",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,9 +101,22 @@ class Case:
         weights = jax.random.normal(keys[2], (self.batch, self.tokens, HEADS))
         return q, operand(keys[1], self.batch, self.entries, CHANNELS), weights
 
+    def run(self, candidate: tuple[int, ...] = ()) -> Callable[..., jax.Array]:
+        """The op, cut as the candidate says; as the kernels choose without one."""
+        if self.tokens:
+            if not candidate:
+                return index_scores
+            keys, queries, steps, in_registers, *rest = candidate
+            return functools.partial(
+                index_scores, tiling=Tiling(keys, queries, steps, bool(in_registers), *rest)
+            )
+        choices = dict(zip(("part", "num_warps"), candidate, strict=False))
+        return functools.partial(index_top_k, top_k=CHOSEN, **choices)
+
     @property
-    def run(self) -> Callable[..., jax.Array]:
-        return index_scores if self.tokens else functools.partial(index_top_k, top_k=CHOSEN)
+    def candidates(self) -> list[tuple[int, ...]]:
+        listed = (PREFILL if self.tokens > 1 else DECODE) if self.tokens else TOP_K[self.entries]
+        return [tuple(map(int, each.split())) for each in listed.split(",")]
 
     def error(self, found: jax.Array) -> float:
         """Of scores relative, of choices the share that differs; not a number counts as infinite."""
@@ -108,15 +136,17 @@ def _cases() -> list[Case]:
     sizes += [(f"decode B={batch} keys=8192", batch, 1, 8192) for batch in (32, 128)]
     sizes += [(f"prefill T=4096 keys={keys}", 1, 4096, keys) for keys in (4096, 16384, 32768)]
     scored = [
-        Case(f"indexer logits {name}", *each, kind) for name, *each in sizes for kind in ("bf16", "fp8")
+        Case(f"indexer logits {name}", batch, tokens, entries, kind)
+        for name, batch, tokens, entries in sizes
+        for kind in ("bf16", "fp8")
     ]
     choices = [(128, 8192), (128, 32768), (1, 8192)]
     return [Case(f"top-k {CHOSEN} B={b} keys={s}", b, 0, s) for b, s in choices] + scored
 
 
-def prepare(case: Case) -> tuple[Any, float]:
+def prepare(case: Case, candidate: tuple[int, ...]) -> tuple[Any, float]:
     """The compiled program and its error; runs it once, since PTX is assembled on the first run."""
-    compiled = program(case.run).lower(case.inputs, jnp.int32(1)).compile()
+    compiled = program(case.run(candidate)).lower(case.inputs, jnp.int32(1)).compile()
     return compiled, case.error(compiled(case.inputs, jnp.int32(1))[0])
 
 
@@ -138,29 +168,37 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--cases", nargs="*", choices=list(cases), default=list(cases), metavar="CASE")
-    parser.add_argument("--seconds", type=float, default=60, help="time no new case after so long")
+    parser.add_argument("--tune", action="store_true", help="time candidates too; saves no row of them")
+    parser.add_argument("--seconds", type=float, default=60, help="time nothing new after so long")
     parser.add_argument("--results", type=Path, help="JSON file to add rows to")
     arguments = parser.parse_args()
     started = time.perf_counter()
-    chosen = [cases[name] for name in arguments.cases]
-    with ThreadPoolExecutor(8) as pool:  # all are ready before the first is timed
-        futures = [pool.submit(prepare, case) for case in chosen]
-    for case, future in zip(chosen, futures, strict=True):
+    tried = [
+        (cases[name], candidate)
+        for name in arguments.cases
+        for candidate in [(), *(cases[name].candidates if arguments.tune else [])]
+    ]
+    for name in arguments.cases:
+        jax.block_until_ready(cases[name].inputs)  # made once, not by every thread
+    with ThreadPoolExecutor(16) as pool:  # all are ready before the first is timed
+        futures = [pool.submit(prepare, *each) for each in tried]
+    print(f"# compiled and checked after {time.perf_counter() - started:.0f} s", flush=True)
+    for (case, candidate), future in zip(tried, futures, strict=True):
         if time.perf_counter() - started > arguments.seconds:
             print("# stopped: out of time", flush=True)
             break
-        label = f"{case.id} {case.operands}".strip()
+        label = " ".join(map(str, (case.id, case.operands, *candidate)))
         try:
             compiled, error = future.result()
             us = time_us(case, compiled)
-        except Exception as failure:  # a case that does not run is a result too
+        except Exception as failure:  # what does not fit the chip is a result too
             print(f"{label}: {type(failure).__name__} {str(failure)[:200]}", flush=True)
             continue
         most = 2e-3 if case.operands == "fp8" else 1e-5 if case.tokens else 0.0
         # Faster than the floor by more than its own uncertainty means that something was not run.
         doubt = "" if error <= most and us > 0.85 * case.floor_us else "  NOT BELIEVED"
         print(f"{label}: {us:.2f} us, floor {case.floor_us:.2f}, error {error:.1e}{doubt}", flush=True)
-        if arguments.results and not doubt:
+        if arguments.results and not doubt and not candidate:
             row = {"id": case.id, "implementation": f"triton {case.operands}".strip(), "us": round(us, 2)}
             more = {"floor_us": round(case.floor_us, 2), "rel_err": error}
             save([row | more | facts()], arguments.results)

@@ -157,14 +157,35 @@ def test_an_end_of_sentence_ends_a_request(tiny_fp4, engine):
     assert found[2] == "stop"
 
 
-def test_memory_is_refused_before_anything_is_allocated(tiny_fp4, monkeypatch):
-    monkeypatch.setattr(engine_module, "_free_bytes", lambda: 1000)
+@pytest.mark.parametrize(
+    ("free", "prefix_bytes", "message"),
+    [
+        (1000, 0, "4 slots with 320 tokens take"),
+        (2**32, 2**32, r"4 slots with 320 tokens and 4\.00 GiB of prefixes take"),
+    ],
+    ids=["caches", "prefixes"],
+)
+def test_memory_is_refused_before_anything_is_allocated(tiny_fp4, monkeypatch, free, prefix_bytes, message):
+    monkeypatch.setattr(engine_module, "_free_bytes", lambda: free)
     live = len(jax.live_arrays())
 
-    with pytest.raises(MemoryPlanError, match="4 slots with 320 tokens take"):
-        started(tiny_fp4.loaded, 0)
+    with pytest.raises(MemoryPlanError, match=message):
+        started(tiny_fp4.loaded, 0, prefix_bytes=prefix_bytes)
 
     assert len(jax.live_arrays()) == live
+
+
+def test_nothing_compiles_after_warm_up(tiny_fp4, shallow):
+    warm = started(shallow(tiny_fp4.loaded), 2, slots=3, prefix_bytes=2**24)
+    warm.warm_up()
+
+    with count_compiles() as compiles:
+        for length in (70, 7, 40, 70):
+            warm.add([3] * length, SamplingParams(max_tokens=5, ignore_eos=True))
+        answers(warm)
+
+    assert compiles.count == 0
+    assert warm.prefix_hits == 2
 
 
 @pytest.mark.parametrize(

@@ -96,9 +96,10 @@ def assert_top_k(rows, visible, count, **choices):
         jnp.asarray(rows)[:, None], jnp.asarray(visible, I32)[:, None], count, **choices
     )
 
-    assert found.shape == (len(rows), 1, min(count, choices.get("columns") or rows.shape[1]))
+    columns = choices.get("columns") or rows.shape[1]
+    assert found.shape == (len(rows), 1, min(count, columns))
     for row, seen, chosen in zip(rows, visible, np.asarray(found)[:, 0], strict=True):
-        assert chosen.tolist() == best(row, seen, len(chosen))
+        assert chosen.tolist() == best(row, min(seen, columns), len(chosen))
 
 
 def compiled(found, arch):
