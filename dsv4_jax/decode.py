@@ -19,6 +19,8 @@ from dsv4_jax.mtp import MTPHead
 from dsv4_jax.sampling import SamplingArrays, logprobs_of
 from dsv4_jax.speculative import propose, verify
 
+FREE = -1  # in place of a token: the model chooses
+
 
 class Models(NamedTuple):
     """The model and, where there are drafts, its MTP head; bound to parameters."""
@@ -36,11 +38,13 @@ class Requests:
       sampling: how it chooses its tokens.
       max_tokens: how many it gets; 0 for a row that only fills the batch.
       stop_at_eos: whether an EOS ends it.
+      forced: its next token, whatever the model says, or FREE; None where no row is ever told.
     """
 
     sampling: SamplingArrays
     max_tokens: Int32[Array, " B"]
     stop_at_eos: Bool[Array, " B"]
+    forced: Int32[Array, " B"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -151,6 +155,10 @@ def _advance(
     logits = models.main.logits(streams)
     drafts, count = sequences.drafts, sequences.count
     standing, token = verify(logits, drafts, sequences.drawn_from, requests.sampling, count)
+
+    if requests.forced is not None:
+        told = requests.forced != FREE
+        standing, token = jnp.where(told, 0, standing), jnp.where(told, requests.forced, token)
 
     # tokens[i] follows the i-th token read: drafts that stand, then the model's own.
     place = jnp.arange(streams.shape[1])

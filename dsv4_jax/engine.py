@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any, Literal
 
@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int32
 from dsv4_jax.cache import make_cache
 from dsv4_jax.checkpoint.load import LoadedModel
 from dsv4_jax.config import Config
-from dsv4_jax.decode import Added, Caches, Models, Requests, Sequences, first_step, step
+from dsv4_jax.decode import FREE, Added, Caches, Models, Requests, Sequences, first_step, step
 from dsv4_jax.errors import MemoryPlanError, RequestError
 from dsv4_jax.model import Params, bind
 from dsv4_jax.mtp import bind_mtp, make_mtp_cache
@@ -73,8 +73,10 @@ class _Request:
     number: int
     ids: list[int]
     sampling: SamplingParams
+    forced: list[int]  # the tokens it is to generate; empty: those it chooses
     slot: int | None = None
     read: int = 0
+    told: int = 0  # how many of `forced` the device has been told
 
     @property
     def reading(self) -> bool:
@@ -154,8 +156,12 @@ class Engine:
         """Whether any request waits, is under way, or has events that `step` has not given yet."""
         return bool(self._waiting or self._running or self._late or self._flying)
 
-    def add(self, ids: Sequence[int], sampling: SamplingParams) -> int:
+    def add(self, ids: Sequence[int], sampling: SamplingParams, forced: Sequence[int] = ()) -> int:
         """Takes a request and gives its number; it starts once a slot is free.
+
+        Args:
+          forced: the tokens it is to generate, as many as `sampling.max_tokens`, whatever the model says; its
+            events then tell how likely each was.
 
         Raises:
           RequestError: prompt and answer would be longer than `max_len`, or the prompt is empty.
@@ -165,7 +171,7 @@ class Engine:
                 f"a prompt of {len(ids)} tokens and {sampling.max_tokens} more do not fit"
                 f" max_len {self.max_len}, or the prompt is empty"
             )
-        request = _Request(next(self._numbers), list(ids), sampling)
+        request = _Request(next(self._numbers), list(ids), sampling, list(forced))
         self._waiting.append(request)
         return request.number
 
@@ -193,6 +199,7 @@ class Engine:
             landed, self._flying = self._flying, None
             decoding = {slot: each for slot, each in self._running.items() if not each.reading}
             if decoding:
+                self._tell(decoding.values())
                 added, self._sequences = _decode(*self._static, self._params, self._requests, self._sequences)
                 self.steps += 1
                 self._flying = added, decoding
@@ -218,6 +225,9 @@ class Engine:
             self.add([0] * length, SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True))
             for _ in self.run():
                 pass
+        self.add([0], SamplingParams(max_tokens=2, ignore_eos=True), forced=[0, 0])
+        for _ in self.run():
+            pass
         number = self.add([0], SamplingParams(max_tokens=1))
         self.cancel(number)
         self.step()
@@ -338,11 +348,23 @@ class Engine:
             self._prefix.keep(request.ids[: request.read], lambda: self._take_block(slot, number))
         if request.reading:
             return []
+        self._tell([request])
         place = np.array([slot, len(request.ids)], np.int32)
         added, self._sequences = _begin(
             *self._static, self.draft_tokens, self._params, self._requests, self._sequences, self._last, place
         )
         return self._events(added, {0: request}, drafted=0)
+
+    def _tell(self, requests: Iterable[_Request]) -> None:
+        """Tells the device the next token of those requests whose tokens are given."""
+        if not any(request.forced for request in requests):
+            return
+        forced = np.full(self.slots, FREE, np.int32)
+        for request in requests:
+            if request.told < len(request.forced):
+                forced[request.slot] = request.forced[request.told]
+                request.told += 1
+        self._requests = _force(self._requests, forced)
 
     def _events(self, added: Added, requests: dict[int, _Request], drafted: int | None = None) -> list[Event]:
         """Of the requests in these rows; those that have ended leave their slots."""
@@ -387,6 +409,11 @@ def _set_row(tree: Any, row: Any, slot: Int32[Array, ""]) -> Any:
         tree,
         row,
     )
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _force(requests: Requests, forced: Int32[Array, " S"]) -> Requests:
+    return dataclasses.replace(requests, forced=forced)
 
 
 def _row(tree: Any, slot: Int32[Array, ""]) -> Any:
@@ -472,7 +499,7 @@ def _idle(slots: int) -> Requests:
 
 def _request_row(sampling: SamplingParams) -> Requests:
     limits = jnp.array([sampling.max_tokens], jnp.int32), jnp.array([not sampling.ignore_eos])
-    return Requests(SamplingArrays.stack([sampling]), *limits)
+    return Requests(SamplingArrays.stack([sampling]), *limits, jnp.array([FREE], jnp.int32))
 
 
 def _free_bytes() -> int | None:

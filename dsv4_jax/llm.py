@@ -223,6 +223,27 @@ class LLM:
             for _ in engine.run():
                 pass
 
+    def score(self, ids: Sequence[int], start: int = 1) -> list[float]:
+        """Log-probabilities, in nats, of `ids[start:]`, each after all tokens before it.
+
+        Tokens before `start` are read as a prompt, those after one at a time, by the very programs that
+        generate: what `generate` reported for an answer is what this gives for it, bit for bit (without
+        drafts, at the same number of slots and room in the caches).
+
+        Raises:
+          RequestError: the tokens cannot be served, or nothing lies before or after `start`.
+        """
+        if not 1 <= start < len(ids):
+            raise RequestError(f"start must be in [1, {len(ids) - 1}] for {len(ids)} tokens, got {start}.")
+        sampling = SamplingParams(max_tokens=len(ids) - start, temperature=0.0, ignore_eos=True)
+        whole = check_prompt(
+            ids, vocab_size=self.model.config.vocab_size, max_len=self.max_len, max_tokens=0, name="ids"
+        )
+        prompt, forced = whole[:start], whole[start:]
+        engine = self._engine_for([(prompt, sampling)])
+        engine.add(prompt, sampling, forced)
+        return [logprob for event in engine.run() for logprob in event.logprobs]
+
     def warm_up(self) -> None:
         """Makes room for `max_batch` requests of `max_len` tokens and compiles all that serving them needs.
 

@@ -26,6 +26,7 @@ from dsv4_jax.numerics import OFFICIAL
 from dsv4_jax.sharding import make_mesh
 from dsv4_jax.weight_files import WeightFiles
 from pallas_kernels import ExpertTiles, QuantArray, Target, dequantize
+from pallas_kernels.expert_mlp.rows import ExpertRows
 
 GOLDEN = Path(__file__).parent.parent / "data"
 

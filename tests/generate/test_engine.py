@@ -142,13 +142,14 @@ def test_a_nan_ends_its_request_and_no_other(tiny_fp4):
     assert np.isfinite(found[healthy][1]).all()
 
 
-def test_an_end_of_sentence_ends_a_request(tiny_fp4, engine):
+def test_an_end_of_sentence_ends_a_request(tiny_fp4):
+    engine = started(tiny_fp4.loaded, 0)
     greedy = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
     number = engine.add([3, 4, 5], greedy)
     tokens = answers(engine)[number][0]
     last = next(token for place, token in enumerate(tokens) if place > 2 and token not in tokens[:place])
     config = dataclasses.replace(engine.model.config, eos_token_id=last)
-    stopping = started(dataclasses.replace(engine.model, config=config), engine.draft_tokens)
+    stopping = started(dataclasses.replace(engine.model, config=config), 0)
 
     number = stopping.add([3, 4, 5], dataclasses.replace(greedy, ignore_eos=False))
 

@@ -99,6 +99,30 @@ def test_a_stream_that_is_left_early_leaves_nothing_behind(llm):
     assert llm.generate(PROMPTS[1], GREEDY)[0].token_ids == expected
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_a_score_is_what_generation_reported_bit_for_bit(llm, temperature):
+    sampling = SamplingParams(max_tokens=9, temperature=temperature, logprobs=True, ignore_eos=True)
+    answer = llm.generate(PROMPTS[1], sampling)[0]
+
+    with count_compiles() as compiles:
+        scores = llm.score([*PROMPTS[1], *answer.token_ids], start=len(PROMPTS[1]))
+
+    assert scores == answer.logprobs
+    assert temperature == 0.0 or compiles.count == 0  # the first call compiles how tokens are told
+
+
+def test_a_score_is_that_of_the_tokens_given_and_not_of_the_likeliest(llm):
+    ids = [5, 6, 7, 8, 9, 10]
+
+    scores = llm.score(ids)
+
+    assert len(scores) == 5
+    by_prefix = [llm.score(ids[: end + 1], start=end)[0] for end in range(1, len(ids))]
+    np.testing.assert_allclose(scores, by_prefix, atol=1e-4)
+    with pytest.raises(RequestError, match="start must be in"):
+        llm.score([5], start=1)
+
+
 def test_drafts_change_no_greedy_answer_and_are_counted(llm):
     drafting = LLM.from_pretrained(GOLDEN, numerics=PLAIN, draft_tokens=2)
 

@@ -144,7 +144,9 @@ def plain(tiny_fp4) -> Generation:
     return written(tiny_fp4.loaded, LENGTHS, asked(4, 20), 0, 20)
 
 
-@pytest.mark.parametrize("k", [1, 2, 3, 4], ids="k={}".format)
+@pytest.mark.parametrize(
+    "k", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow), 4]
+)
 def test_the_heads_own_drafts_leave_greedy_tokens_as_they_are(tiny_fp4, plain, k):
     found = written(tiny_fp4.loaded, LENGTHS, asked(4, 20), k, 20)
 
