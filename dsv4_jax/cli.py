@@ -111,46 +111,39 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, default=defaults.seed, metavar="S")
     generate.add_argument("--ignore-eos", action="store_true", help="go on past an end-of-sentence token")
     generate.add_argument("--logprobs", action="store_true", help="with --json, of every token")
-    generate.add_argument(
-        "--numerics", choices=list(PRESETS), default="official", help="default: %(default)s"
-    )
-    generate.add_argument(
-        "--implementation",
-        metavar="NAME|OP=NAME,...",
-        help="reference, triton...: of all ops, or op by op (default: the fastest proven one that fits)",
-    )
-    generate.add_argument("--mesh", type=_mesh_sizes, default={}, metavar="tp=N,ep=N,dp=N")
-    generate.add_argument("--max-len", type=int, metavar="N", help="tokens of prompt and answer together")
-    generate.add_argument("--max-batch", type=int, default=32, metavar="N", help="prompts that run together")
-    generate.add_argument(
-        "--draft-tokens", type=int, default=0, metavar="K", help="let the MTP head draft K tokens a step"
-    )
-    generate.add_argument(
-        "--verify", choices=["header", "values"], default="header", help="values: look for NaN"
-    )
-    generate.add_argument(
-        "--strict", action="store_true", help="refuse tensors that have no place in the model"
-    )
     generate.add_argument("--json", action="store_true", help="one JSON object per prompt")
-    _add_compile_cache(generate)
+    _add_model(generate)
     generate.set_defaults(run=_generate)
 
     warmup = commands.add_parser(
         "warmup", help="compile what `generate` will need for so many prompts of such lengths, and keep it"
     )
     warmup.add_argument("checkpoint", type=Path, help="folder in the official format")
-    warmup.add_argument("--max-len", type=int, required=True, metavar="N", help="as for generate")
-    warmup.add_argument("--max-batch", type=int, default=32, metavar="N", help="as for generate")
-    warmup.add_argument("--draft-tokens", type=int, default=0, metavar="K", help="as for generate")
-    warmup.add_argument("--numerics", choices=list(PRESETS), default="official", help="default: %(default)s")
-    warmup.add_argument("--implementation", metavar="NAME|OP=NAME,...", help="as for generate")
-    warmup.add_argument("--mesh", type=_mesh_sizes, default={}, metavar="tp=N,ep=N,dp=N")
-    _add_compile_cache(warmup)
+    _add_model(warmup)
     warmup.set_defaults(run=_warmup)
     return parser
 
 
-def _add_compile_cache(command: argparse.ArgumentParser) -> None:
+def _add_model(command: argparse.ArgumentParser) -> None:
+    """What `_load` reads."""
+    command.add_argument("--numerics", choices=list(PRESETS), default="official", help="default: %(default)s")
+    command.add_argument(
+        "--implementation",
+        metavar="NAME|OP=NAME,...",
+        help="reference, triton...: of all ops, or op by op (default: the fastest proven one that fits)",
+    )
+    command.add_argument("--mesh", type=_mesh_sizes, default={}, metavar="tp=N,ep=N,dp=N")
+    command.add_argument("--max-len", type=int, metavar="N", help="tokens of prompt and answer together")
+    command.add_argument("--max-batch", type=int, default=32, metavar="N", help="prompts that run together")
+    command.add_argument(
+        "--draft-tokens", type=int, default=0, metavar="K", help="let the MTP head draft K tokens a step"
+    )
+    command.add_argument(
+        "--verify", choices=["header", "values"], default="header", help="values: look for NaN"
+    )
+    command.add_argument(
+        "--strict", action="store_true", help="refuse tensors that have no place in the model"
+    )
     command.add_argument(
         "--compile-cache",
         type=Path,
@@ -222,17 +215,12 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 
 def _warmup(arguments: argparse.Namespace) -> int:
-    _keep_programs(arguments.compile_cache)
-    llm = LLM.from_pretrained(
-        arguments.checkpoint,
-        numerics=PRESETS[arguments.numerics],
-        implementation=arguments.implementation,
-        mesh=make_mesh(**arguments.mesh) if arguments.mesh else None,
-        progress=sys.stderr.isatty(),
-        max_len=arguments.max_len,
-        max_batch=arguments.max_batch,
-        draft_tokens=arguments.draft_tokens,
-    )
+    for option in ("max_len", "compile_cache"):
+        if getattr(arguments, option) is None:
+            raise RequestError(
+                f"warmup needs --{option.replace('_', '-')}", hint="the one that generate gets"
+            )
+    llm = _load(arguments)
     started = time.perf_counter()
     with count_compiles() as compiles:
         llm.warm_up()
@@ -244,8 +232,16 @@ def _outputs(
     arguments: argparse.Namespace, rows: list[PromptRow], sampling: list[SamplingParams]
 ) -> list[GenerationOutput]:
     """Loads the model and answers."""
+    llm = _load(arguments)
+    if arguments.compile_cache and arguments.max_len:
+        llm.warm_up()  # the shapes that `warmup` compiled
+    _say("generating; the first batch of a new shape is compiled first")
+    return llm.generate([row.prompt for row in rows], sampling, names=[row.where for row in rows])
+
+
+def _load(arguments: argparse.Namespace) -> LLM:
     _keep_programs(arguments.compile_cache)
-    llm = LLM.from_pretrained(
+    return LLM.from_pretrained(
         arguments.checkpoint,
         numerics=PRESETS[arguments.numerics],
         implementation=arguments.implementation,
@@ -257,10 +253,6 @@ def _outputs(
         max_batch=arguments.max_batch,
         draft_tokens=arguments.draft_tokens,
     )
-    if arguments.compile_cache and arguments.max_len:
-        llm.warm_up()  # the shapes that `warmup` compiled
-    _say("generating; the first batch of a new shape is compiled first")
-    return llm.generate([row.prompt for row in rows], sampling, names=[row.where for row in rows])
 
 
 def _rows(arguments: argparse.Namespace) -> list[PromptRow]:

@@ -36,11 +36,8 @@ from dsv4_jax.sampling import SamplingArrays, SamplingParams
 from dsv4_jax.sharding import constrain
 from pallas_kernels.dispatch import choose
 
-PIECES = (
-    32,
-    128,
-    512,
-)  # tokens of a prompt that are read at once: the largest that it fills, or the smallest
+# Tokens of a prompt that are read at once: as many of these as are left of it, or the fewest.
+PIECES = (32, 128, 512)
 FinishReason = Literal["stop", "length", "error", "cancelled"]
 
 

@@ -185,14 +185,8 @@ class LLM:
         collected = [_Collected([], [], None, 0, 0) for _ in requests]
         started = time.perf_counter()
         with count_compiles() as compiles:
-            engine = self._engine_for(requests)
-            places = {engine.add(ids, params): place for place, (ids, params) in enumerate(requests)}
-            try:
-                for event in engine.run():
-                    collected[places[event.request]].take(event)
-            except BaseException:
-                self._engine = None  # its slots are in the middle of this
-                raise
+            for place, event in self._run(requests):
+                collected[place].take(event)
         seconds = time.perf_counter() - started
         tokens = sum(len(each.token_ids) for each in collected)
         timings = Timings(seconds, min(compiles.seconds, seconds), compiles.count, tokens)
@@ -204,24 +198,15 @@ class LLM:
     ) -> Iterator[Event]:
         """Continues one prompt and gives each step's tokens as they come; the last event has a finish_reason.
 
-        Whoever stops listening ends the request.
+        Whoever stops listening ends the request. Until then nothing else can be asked of this `LLM`; an
+        `Engine` serves many at a time.
 
         Raises:
           RequestError: the prompt cannot be served. Nothing has run then.
         """
         sampling = sampling or SamplingParams()
         request = self._token_ids(prompt, sampling, name), sampling
-        return self._stream(request)
-
-    def _stream(self, request: tuple[list[int], SamplingParams]) -> Iterator[Event]:
-        engine = self._engine_for([request])
-        number = engine.add(*request)
-        try:
-            yield from engine.run()
-        finally:
-            engine.cancel(number)
-            for _ in engine.run():
-                pass
+        return (event for _, event in self._run([request]))
 
     def score(self, ids: Sequence[int], start: int = 1) -> list[float]:
         """Log-probabilities, in nats, of `ids[start:]`, each after all tokens before it.
@@ -239,10 +224,8 @@ class LLM:
         whole = check_prompt(
             ids, vocab_size=self.model.config.vocab_size, max_len=self.max_len, max_tokens=0, name="ids"
         )
-        prompt, forced = whole[:start], whole[start:]
-        engine = self._engine_for([(prompt, sampling)])
-        engine.add(prompt, sampling, forced)
-        return [logprob for event in engine.run() for logprob in event.logprobs]
+        events = self._run([(whole[:start], sampling)], whole[start:])
+        return [logprob for _, event in events for logprob in event.logprobs]
 
     def warm_up(self) -> None:
         """Makes room for `max_batch` requests of `max_len` tokens and compiles all that serving them needs.
@@ -254,6 +237,21 @@ class LLM:
         """
         self._engine = self._new_engine(self.max_batch, max(self.max_len, SHORTEST_CACHE))
         self._engine.warm_up()
+
+    def _run(
+        self, requests: Sequence[tuple[list[int], SamplingParams]], forced: Sequence[int] = ()
+    ) -> Iterator[tuple[int, Event]]:
+        """The events of these requests, each with its request's place; `forced` as in `Engine.add`."""
+        if self._engine is not None and self._engine.busy:
+            raise RequestError("a stream is under way", hint="read it to its end or close it first")
+        engine = self._engine_for(requests)
+        places = {engine.add(ids, params, forced): place for place, (ids, params) in enumerate(requests)}
+        try:
+            for event in engine.run():
+                yield places[event.request], event
+        finally:
+            if engine.busy:  # interrupted, or nobody listens any more: its slots are in the middle of this
+                self._engine = None
 
     def _engine_for(self, requests: Sequence[tuple[list[int], SamplingParams]]) -> Engine:
         """With a slot for each of these, up to `max_batch`, and room for the longest; kept for the next."""

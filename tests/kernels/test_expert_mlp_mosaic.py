@@ -376,6 +376,7 @@ def test_down_is_what_its_definition_says(config):
     expected = jnp.einsum("rk,nk->rn", numbers, dequantize(w2[1]), precision="highest")
     got = found[np.asarray(order)[rows]]
     assert np.linalg.norm(got - expected) <= 3e-3 * np.linalg.norm(expected)
+    # One rounding to bfloat16, 2^-9; where terms cancel, float32 sums in another order.
     np.testing.assert_allclose(got, expected, rtol=2**-8, atol=1e-4 * float(jnp.abs(expected).max()))
     others = np.delete(np.arange(len(found)), np.asarray(order)[rows])
     assert np.isnan(found[others]).all()
@@ -440,6 +441,7 @@ def test_every_tile_is_computed_once_from_its_own_operands(config, monkeypatch):
     weights = jnp.stack([expected_of(expert) for expert in range(3)])[chosen[planned.order, 0]]
     expected = jnp.einsum("rk,rnk->rn", dequantize(quant), weights, precision="highest")
     found = np.asarray(out, np.float32)[planned.order]
+    # As above.
     np.testing.assert_allclose(found, expected, rtol=2**-8, atol=1e-4 * float(jnp.abs(expected).max()))
 
 
