@@ -160,7 +160,7 @@ def _keep_programs(folder: Path | None) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"--compile-cache {folder}: {error.strerror}") from None
+        raise OutputError(f"--compile-cache {folder}: {error.strerror}", hint="name a folder") from None
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
