@@ -139,6 +139,19 @@ def _add_model(command: argparse.ArgumentParser) -> None:
         "--draft-tokens", type=int, default=0, metavar="K", help="let the MTP head draft K tokens a step"
     )
     command.add_argument(
+        "--prefix-bytes",
+        type=int,
+        default=0,
+        metavar="N",
+        help="memory for the beginnings of prompts, which are then read once (default: none)",
+    )
+    command.add_argument(
+        "--invariant",
+        action="store_true",
+        help="answers to the bit the same in any batch and, greedy, with any --draft-tokens; the price:"
+        " docs/numerics.md. Goes with --max-len",
+    )
+    command.add_argument(
         "--verify", choices=["header", "values"], default="header", help="values: look for NaN"
     )
     command.add_argument(
@@ -149,7 +162,7 @@ def _add_model(command: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="DIR",
         help="where compiled programs are kept (default: nowhere); generate finds those of warmup by the same"
-        " --max-len, --max-batch and --draft-tokens",
+        " --max-len, --max-batch, --draft-tokens, --prefix-bytes and --invariant",
     )
 
 
@@ -207,7 +220,9 @@ def _generate(arguments: argparse.Namespace) -> int:
         print(answer["text"] if answer["text"] is not None else ",".join(map(str, answer["token_ids"])))
     _say(_statistics(outputs))
     broken = [
-        str(row.id) for row, output in zip(rows, outputs, strict=True) if output.finish_reason == "error"
+        f"{row.id} (after {len(output.token_ids)} tokens)"
+        for row, output in zip(rows, outputs, strict=True)
+        if output.finish_reason == "error"
     ]
     if broken:
         raise NumericError(f"logits of request {', '.join(broken)} were not finite numbers")
@@ -252,6 +267,8 @@ def _load(arguments: argparse.Namespace) -> LLM:
         max_len=arguments.max_len,
         max_batch=arguments.max_batch,
         draft_tokens=arguments.draft_tokens,
+        prefix_bytes=arguments.prefix_bytes,
+        invariant=arguments.invariant,
     )
 
 

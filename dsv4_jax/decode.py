@@ -4,22 +4,31 @@ A step without drafts is the ordinary decode step. With k drafts the model reads
 those that stand (`speculative.verify`), and its MTP head drafts the next k. Nothing is undone when a draft
 falls: the sequence is simply that much shorter, and what the caches hold beyond its end is written anew when
 it gets there (see `cache`).
+
+A step has two parts: to read tokens (`read`), and to choose what follows them (`advance`). With `invariant` a
+row's tokens are read one at a time, drafts too: a product of one shape rounds in one way, so what the model
+says does not depend on how many drafts there were. docs/numerics.md says what follows from that.
 """
 
 import dataclasses
-from typing import NamedTuple
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from dsv4_jax.cache import Cache, LayerCache
 from dsv4_jax.model import Transformer
 from dsv4_jax.mtp import MTPHead
-from dsv4_jax.sampling import SamplingArrays, logprobs_of
+from dsv4_jax.sampling import SamplingArrays, SamplingParams
 from dsv4_jax.speculative import propose, verify
 
 FREE = -1  # in place of a token: the model chooses
+MOST_DRAFTS = 4  # of one step: the head, trained for one, guesses worse with each
+INVARIANT_PIECE = 512  # tokens of a prompt that `invariant` reads at once
 
 
 class Models(NamedTuple):
@@ -45,6 +54,13 @@ class Requests:
     max_tokens: Int32[Array, " B"]
     stop_at_eos: Bool[Array, " B"]
     forced: Int32[Array, " B"] | None = None
+
+    @classmethod
+    def stack(cls, params: Sequence[SamplingParams]) -> Self:
+        """One row per request, in order; none is told its tokens."""
+        limits = np.array([each.max_tokens for each in params], np.int32)
+        stops = np.array([not each.ignore_eos for each in params])
+        return cls(SamplingArrays.stack(params), jnp.asarray(limits), jnp.asarray(stops))
 
 
 @jax.tree_util.register_dataclass
@@ -80,6 +96,23 @@ class Sequences:
     caches: Caches
 
 
+class Read(NamedTuple):
+    """What the model says after each of n tokens.
+
+    Attributes:
+      streams: for the MTP head.
+      logits: of the token that follows.
+      best: the largest logit.
+      log_total: log of the sum of exp(logit - best). A log-probability is (logit - best) - log_total, and so
+        has the bits of these three wherever it is computed.
+    """
+
+    streams: Float[Array, "B n X M"]
+    logits: Float32[Array, "B n V"]
+    best: Float32[Array, "B n"]
+    log_total: Float32[Array, "B n"]
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Added:
@@ -102,23 +135,69 @@ class Added:
     not_finite: Bool[Array, " B"]
 
 
+def read(
+    model: Transformer,
+    ids: Int32[Array, "B n"],
+    position: Int32[Array, " B"],
+    length: Int32[Array, " B"],
+    cache: Cache,
+) -> tuple[Read, Cache]:
+    """What the model says after each token; arguments and cache as of `Transformer.__call__`."""
+    streams, cache = model(ids, position, length, cache)
+    return read_out(model, streams), cache
+
+
+def read_out(model: Transformer, streams: Float[Array, "B n X M"]) -> Read:
+    """What the model says after tokens that it has read already."""
+    logits = model.logits(streams)
+    best = logits.max(-1)
+    return Read(streams, logits, best, jnp.log(jnp.exp(logits - best[..., None]).sum(-1)))
+
+
+def read_one_by_one(
+    model: Transformer,
+    ids: Int32[Array, "B n"],
+    position: Int32[Array, " B"],
+    length: Int32[Array, " B"],
+    cache: Cache,
+) -> tuple[Read, Cache]:
+    """As `read`, in a loop whose body does not depend on n.
+
+    The compiler cannot know how often it turns. A loop of one turn it would dissolve, and could then join
+    what is in it with what is around it, which may round otherwise.
+    """
+
+    def one(place, carry):
+        found, cache = carry
+        token = jax.lax.dynamic_slice_in_dim(ids, place, 1, axis=1)
+        new, cache = read(model, token, position + place, (length > place).astype(jnp.int32), cache)
+        write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=place, axis=1)
+        return jax.tree.map(write, found, new), cache
+
+    def empty(shape):
+        return jnp.zeros((*ids.shape, *shape.shape[2:]), shape.dtype)
+
+    shapes, _ = jax.eval_shape(lambda: read(model, ids[:, :1], position, length, cache))
+    return jax.lax.fori_loop(0, length.max(), one, (jax.tree.map(empty, shapes), cache))
+
+
 def first_step(
     models: Models,
     requests: Requests,
-    streams: Float[Array, "B X M"],
+    last: Read,
     length: Int32[Array, " B"],
     caches: Caches,
     draft_tokens: int,
     eos_token_id: int,
 ) -> tuple[Added, Sequences]:
-    """The first token of each row, from the streams of its prompt's last token.
+    """The first token of each row, from what the model says after its prompt's last token (n = 1).
 
     Args:
       length: tokens of each prompt.
       caches: of the whole prompt; the head's of all of it but the last token.
       draft_tokens: how many drafts each step is to have.
     """
-    batch, vocab = length.shape[0], models.main.head.weight.shape[0]
+    batch, vocab = length.shape[0], last.logits.shape[-1]
     before = Sequences(
         token=jnp.zeros_like(length),
         position=length - 1,
@@ -128,55 +207,59 @@ def first_step(
         done=requests.max_tokens <= 0,
         caches=caches,
     )
-    return _advance(models, requests, before, streams[:, None], draft_tokens, eos_token_id)
+    return advance(models, requests, before, last, draft_tokens, eos_token_id)
 
 
 def step(
-    models: Models, requests: Requests, sequences: Sequences, eos_token_id: int
+    models: Models, requests: Requests, sequences: Sequences, eos_token_id: int, *, invariant: bool = False
 ) -> tuple[Added, Sequences]:
-    """One to k + 1 more tokens for each row that is not done; a row that is writes nothing anywhere."""
-    drafts, caches = sequences.drafts, sequences.caches
-    ids = jnp.concatenate([sequences.token[:, None], drafts], axis=1)
+    """One to k + 1 more tokens for each row that is not done; a row that is writes nothing anywhere.
+
+    Args:
+      invariant: read each row's tokens one at a time.
+    """
+    ids = jnp.concatenate([sequences.token[:, None], sequences.drafts], axis=1)
     reads = jnp.where(sequences.done, 0, ids.shape[1])
-    streams, main = models.main(ids, sequences.position, reads, caches.main)
-    read = dataclasses.replace(sequences, caches=Caches(main, caches.head))
-    return _advance(models, requests, read, streams, drafts.shape[1], eos_token_id)
+    how = read_one_by_one if invariant else read
+    found, main = how(models.main, ids, sequences.position, reads, sequences.caches.main)
+    now = dataclasses.replace(sequences, caches=Caches(main, sequences.caches.head))
+    return advance(models, requests, now, found, sequences.drafts.shape[1], eos_token_id)
 
 
-def _advance(
+def advance(
     models: Models,
     requests: Requests,
     sequences: Sequences,
-    streams: Float[Array, "B n X M"],
+    found: Read,
     draft_tokens: int,
     eos_token_id: int,
 ) -> tuple[Added, Sequences]:
-    """What follows from the streams of the tokens just read: more tokens, and the next drafts."""
-    logits = models.main.logits(streams)
+    """What follows from what the model said of the tokens just read: more tokens, and the next drafts."""
     drafts, count = sequences.drafts, sequences.count
-    standing, token = verify(logits, drafts, sequences.drawn_from, requests.sampling, count)
+    standing, token = verify(found.logits, drafts, sequences.drawn_from, requests.sampling, count)
 
     if requests.forced is not None:
         told = requests.forced != FREE
         standing, token = jnp.where(told, 0, standing), jnp.where(told, requests.forced, token)
 
     # tokens[i] follows the i-th token read: drafts that stand, then the model's own.
-    place = jnp.arange(streams.shape[1])
+    place = jnp.arange(found.logits.shape[1])
     padded = jnp.pad(drafts, ((0, 0), (0, 1)))
     tokens = jnp.where(place < standing[:, None], padded, token[:, None])
-    added = _added(requests, sequences, logits, tokens, standing, eos_token_id)
+    added = _added(requests, sequences, found, tokens, standing, eos_token_id)
     ended = added.stopped | added.not_finite | (count + added.count >= requests.max_tokens)
     done = sequences.done | ended
 
     reads = jnp.where(done, 0, standing + 1)
-    drafted = _draft(models, requests, sequences, streams, tokens, reads, count + added.count, draft_tokens)
+    new_count = count + added.count
+    drafted = _draft(models, requests, sequences, found.streams, tokens, reads, new_count, draft_tokens)
     drafts, drawn_from, head = drafted
     following = Sequences(
         token=jnp.where(done, sequences.token, token),
         position=sequences.position + reads,
         drafts=drafts,
         drawn_from=drawn_from,
-        count=count + added.count,
+        count=new_count,
         done=done,
         caches=Caches(sequences.caches.main, head),
     )
@@ -186,14 +269,15 @@ def _advance(
 def _added(
     requests: Requests,
     sequences: Sequences,
-    logits: Float32[Array, "B n V"],
+    found: Read,
     tokens: Int32[Array, "B n"],
     standing: Int32[Array, " B"],
     eos_token_id: int,
 ) -> Added:
     """The new tokens up to an EOS, to the row's maximum, or to logits that are no numbers."""
     place = jnp.arange(tokens.shape[1])
-    finite = jnp.isfinite(logits).all(-1)
+    finite = jnp.isfinite(found.logits).all(-1)
+    chosen = jnp.take_along_axis(found.logits, tokens[..., None], axis=-1)[..., 0]
     fit = jnp.minimum(standing + 1, requests.max_tokens - sequences.count)
     fit = jnp.where(sequences.done, 0, fit)
     sound = jnp.cumprod(finite.astype(jnp.int32), axis=1).sum(1, dtype=jnp.int32)
@@ -204,7 +288,7 @@ def _added(
     count = jnp.minimum(jnp.minimum(fit, sound), to_eos).astype(jnp.int32)
     return Added(
         tokens=tokens,
-        logprobs=logprobs_of(logits, tokens),
+        logprobs=(chosen - found.best) - found.log_total,
         count=count,
         accepted=jnp.minimum(standing, count),
         stopped=ends.any(1),

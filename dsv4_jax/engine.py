@@ -2,37 +2,57 @@
 
 A slot is a row of fixed arrays, so nothing compiles when requests come and go. A prompt is read piece by
 piece, one piece between two decode steps; a slot whose request has ended reads and writes nothing. What a
-slot's caches hold of earlier requests needs no clearing: a sequence reads only what it wrote (`cache`).
+slot's caches hold of earlier requests gets weight 0 from later ones. So it needs no clearing, unless it may
+not be finite, which 0 times it would not be either.
 
 With `prefix_bytes`, what prompts have left behind is kept after each of their largest pieces (`prefix`). A
 prompt that begins with the same pieces goes on from there, and gets the same answer, to the bit: it reads the
 rest in the pieces in which it would have read it anyway.
+
+With `invariant` a greedy request's bits do not depend on the number of drafts either: prompts are read in
+pieces of one length, and all that its tokens and logprobs follow from is computed by programs that are the
+same for any such number. docs/numerics.md says what that guarantees, and what it costs.
 """
 
 import collections
 import dataclasses
 import functools
 import itertools
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from numbers import Integral
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
-from dsv4_jax.cache import make_cache
+from dsv4_jax.cache import Cache, LayerCache, make_cache
 from dsv4_jax.checkpoint.load import LoadedModel
 from dsv4_jax.config import Config
-from dsv4_jax.decode import FREE, Added, Caches, Models, Requests, Sequences, first_step, step
+from dsv4_jax.decode import (
+    FREE,
+    INVARIANT_PIECE,
+    MOST_DRAFTS,
+    Added,
+    Caches,
+    Models,
+    Read,
+    Requests,
+    Sequences,
+    advance,
+    first_step,
+    read,
+    read_out,
+)
 from dsv4_jax.errors import MemoryPlanError, RequestError
 from dsv4_jax.model import Params, bind
 from dsv4_jax.mtp import bind_mtp, make_mtp_cache
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.prefix import PrefixCache, PromptState, put_block, take_block
-from dsv4_jax.sampling import SamplingArrays, SamplingParams
+from dsv4_jax.sampling import SamplingParams
 from dsv4_jax.sharding import constrain
 from pallas_kernels.dispatch import choose
 
@@ -87,7 +107,8 @@ class Engine:
       slots: requests that are under way together; more wait.
       max_len: tokens that a prompt and its answer may have together.
       draft_tokens: tokens that the MTP head drafts for each step; 0 for none.
-      steps: device programs run so far, pieces of prompts and decode steps.
+      invariant: whether a request's bits are those it gets with any number of drafts, where it is greedy.
+      steps: pieces of prompts and decode steps so far.
       prefix_hits: prompts so far whose beginning was kept.
       prefix_tokens: tokens of these that were not read again.
     """
@@ -103,25 +124,32 @@ class Engine:
         implementation: str | None = None,
         pieces: Sequence[int] = PIECES,
         prefix_bytes: int = 0,
+        invariant: bool = False,
     ):
         """Allocates the caches of all slots.
 
         Args:
+          pieces: lengths of the pieces in which prompts are read; `invariant` has one of its own.
           prefix_bytes: memory for the beginnings of prompts; 0 keeps none.
 
         Raises:
           MemoryPlanError: caches and beginnings do not fit the device's free memory, or `prefix_bytes` do not
             hold a single piece.
-          RequestError: drafts without the MTP head.
+          RequestError: drafts without the MTP head, or more than MOST_DRAFTS of them with `invariant`.
         """
+        if invariant and draft_tokens > MOST_DRAFTS:
+            raise RequestError(f"draft_tokens={draft_tokens}: invariant allows {MOST_DRAFTS} at most")
         if draft_tokens and model.mtp_params is None:
             raise RequestError(f"draft_tokens={draft_tokens} needs the MTP head, which was not loaded")
         self.model, self.numerics, self.implementation = model, numerics, implementation
         self.slots, self.max_len, self.draft_tokens = slots, max_len, draft_tokens
+        self.invariant = invariant
         self.steps = self.prefix_hits = self.prefix_tokens = 0
-        self._pieces = tuple(sorted(pieces))
-        self._sizes = {"batch": slots, "max_len": max_len, "max_draft": draft_tokens}
-        needed, free = self.cache_bytes + prefix_bytes, _free_bytes()
+        self._pieces = (INVARIANT_PIECE,) if invariant else tuple(sorted(pieces))
+        # Caches of one size for any number of drafts, so that the programs which take them are the same.
+        max_draft = MOST_DRAFTS if invariant else draft_tokens
+        self._sizes = {"batch": slots, "max_len": max_len, "max_draft": max_draft}
+        needed, free = self.cache_bytes + prefix_bytes, free_bytes()
         if free is not None and needed > free:
             kept = f" and {prefix_bytes / 2**30:.2f} GiB of prefixes" if prefix_bytes else ""
             raise MemoryPlanError(
@@ -161,13 +189,19 @@ class Engine:
             events then tell how likely each was.
 
         Raises:
-          RequestError: prompt and answer would be longer than `max_len`, or the prompt is empty.
+          RequestError: prompt and answer would be longer than `max_len`, the prompt is empty, or something in
+            either is no token of the model.
         """
-        if not ids or len(ids) + sampling.max_tokens > self.max_len:
+        if not ids:
+            raise RequestError("the prompt is empty", hint="give at least one token")
+        if len(ids) + sampling.max_tokens > self.max_len:
             raise RequestError(
-                f"a prompt of {len(ids)} tokens and {sampling.max_tokens} more do not fit"
-                f" max_len {self.max_len}, or the prompt is empty"
+                f"a prompt of {len(ids)} tokens and max_tokens {sampling.max_tokens} more exceed"
+                f" max_len {self.max_len}"
             )
+        vocab_size = self.model.config.vocab_size
+        if not all(isinstance(id, Integral) and 0 <= id < vocab_size for id in (*ids, *forced)):
+            raise RequestError(f"token ids are integers in [0, {vocab_size})")
         request = _Request(next(self._numbers), list(ids), sampling, list(forced))
         self._waiting.append(request)
         return request.number
@@ -197,9 +231,8 @@ class Engine:
             decoding = {slot: each for slot, each in self._running.items() if not each.reading}
             if decoding:
                 self._tell(decoding.values())
-                added, self._sequences = _decode(*self._static, self._params, self._requests, self._sequences)
+                self._flying = self._decode(), decoding
                 self.steps += 1
-                self._flying = added, decoding
             if landed is not None:
                 events += self._events(*landed)
         return events
@@ -336,8 +369,7 @@ class Engine:
         here = min(size, left)
         ids = np.zeros((1, size), np.int32)
         ids[0, :here] = request.ids[request.read : request.read + here]
-        numbers = np.array([slot, request.read, here], np.int32)
-        self._state = _read(*self._static, self._params, self._state, ids, numbers)
+        self._read_ids(ids, np.array([slot, request.read, here], np.int32))
         self.steps += 1
         request.read += here
         if self._prefix is not None and here == self._prefix.tokens:
@@ -347,10 +379,31 @@ class Engine:
             return []
         self._tell([request])
         place = np.array([slot, len(request.ids)], np.int32)
+        last = _read_out(*self._static, self._params[0], self._last, np.int32(slot))
         added, self._sequences = _begin(
-            *self._static, self.draft_tokens, self._params, self._requests, self._sequences, self._last, place
+            *self._static, self.draft_tokens, self._params, self._requests, self._sequences, last, place
         )
         return self._events(added, {0: request}, drafted=0)
+
+    def _read_ids(self, ids: Int32[np.ndarray, "1 T"], numbers: Int32[np.ndarray, "3"]) -> None:
+        """Runs a piece of a prompt through the model, then through the MTP head."""
+        caches = self._sequences.caches
+        streams, main = _read_prompt(*self._static, self._params[0], caches.main, ids, numbers)
+        behind = caches.head, self._last
+        head, last = _follow(*self._static, self._params, behind, streams, ids, numbers)
+        self._state = PromptState(Caches(main, head), last)
+
+    def _decode(self) -> Added:
+        """Reads the newest token and the drafts of every row, and lets what follows from that come next."""
+        now = self._sequences
+        found, main, head = [], now.caches.main, now.caches.head
+        at_once = 1 if self.invariant else self.draft_tokens + 1
+        for ids, position, reads in _columns(at_once, now.token, now.drafts, now.position, now.done):
+            what, main = _read(*self._static, self._params[0], ids, position, reads, main)
+            found.append(what)
+        now = dataclasses.replace(now, caches=Caches(main, head))
+        added, self._sequences = _advance(*self._static, self._params, self._requests, now, found)
+        return added
 
     def _tell(self, requests: Iterable[_Request]) -> None:
         """Tells the device the next token of those requests whose tokens are given."""
@@ -383,6 +436,8 @@ class Engine:
             tokens, logprobs = host.tokens[row, :count].tolist(), host.logprobs[row, :count].tolist()
             accepted = int(host.accepted[row])
             events.append(Event(request.number, tokens, logprobs, reason, drafted, accepted))
+            if reason == "error":
+                self._clear(request.slot)  # type: ignore[arg-type]
             if reason is not None:
                 del self._running[request.slot]  # type: ignore[arg-type]
         return events
@@ -392,7 +447,12 @@ class Engine:
         assert slot is not None
         done = _set_row(self._sequences.done, np.ones(1, bool), np.int32(slot))
         self._sequences = dataclasses.replace(self._sequences, done=done)
+        self._clear(slot)
         del self._running[slot]
+
+    def _clear(self, slot: int) -> None:
+        """Empties the caches of a slot in which there are, or may be, numbers that are not finite."""
+        self._state = _clear_row(self._state, np.int32(slot))
 
 
 # --- device programs
@@ -409,6 +469,11 @@ def _set_row(tree: Any, row: Any, slot: Int32[Array, ""]) -> Any:
 
 
 @functools.partial(jax.jit, donate_argnums=0)
+def _clear_row(tree: Any, slot: Int32[Array, ""]) -> Any:
+    return _set_row(tree, jax.tree.map(lambda leaf: jnp.zeros_like(leaf[:1]), tree), slot)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
 def _force(requests: Requests, forced: Int32[Array, " S"]) -> Requests:
     return dataclasses.replace(requests, forced=forced)
 
@@ -422,36 +487,80 @@ def _models(config: Config, numerics: Numerics, params: tuple[Params, Params | N
     return Models(bind(config, numerics, main), None if mtp is None else bind_mtp(config, numerics, mtp))
 
 
+# What these three programs find, a request's tokens and logprobs follow from. An invariant engine calls them
+# with arrays of the same shapes whatever its number of drafts, so they are the very same programs.
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _read(
+def _read_prompt(
     config: Config,
     numerics: Numerics,
-    params: tuple[Params, Params | None],
-    state: PromptState,
+    params: Params,
+    cache: Cache,
     ids: Int32[Array, "1 T"],
     numbers: Int32[Array, "3"],
-) -> PromptState:
-    """Reads a piece of one slot's prompt, the MTP head one token behind: the state of all slots.
+) -> tuple[Float[Array, "1 T X M"], Cache]:
+    """Reads a piece of one slot's prompt: its streams, and the cache of all slots.
 
     Args:
       numbers: the slot, the piece's position, and its tokens.
     """
-    models = _models(config, numerics, params)
+    slot = numbers[0]
+    model = bind(config, numerics, params)
+    streams, row = model(ids, numbers[1:2], numbers[2:3], _row(cache, slot))
+    return streams, _set_row(cache, row, slot)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _read_out(
+    config: Config, numerics: Numerics, params: Params, last: Float[Array, "S X M"], slot: Int32[Array, ""]
+) -> Read:
+    """What the model says after the prompt of one slot."""
+    return read_out(bind(config, numerics, params), _row(last, slot)[:, None])
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=6)
+def _read(
+    config: Config,
+    numerics: Numerics,
+    params: Params,
+    ids: Int32[Array, "S n"],
+    position: Int32[Array, " S"],
+    reads: Int32[Array, " S"],
+    cache: Cache,
+) -> tuple[Read, Cache]:
+    """What the model says after each of these tokens."""
+    return read(bind(config, numerics, params), ids, position, reads, cache)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def _follow(
+    config: Config,
+    numerics: Numerics,
+    params: tuple[Params, Params | None],
+    behind: tuple[LayerCache | None, Float[Array, "S X M"]],
+    streams: Float[Array, "1 T X M"],
+    ids: Int32[Array, "1 T"],
+    numbers: Int32[Array, "3"],
+) -> tuple[LayerCache | None, Float[Array, "S X M"]]:
+    """The MTP head's cache after a piece that the model has read, and the streams of its last token.
+
+    Args:
+      behind: both as they were before the piece; the head is one token behind the model.
+      numbers: as in `_read_prompt`.
+    """
     slot, position, here = numbers[0], numbers[1:2], numbers[2:3]
-    row = _row(state, slot)
-    streams, main = models.main(ids, position, here, row.caches.main)
-    head = row.caches.head
-    if models.head is not None and head is not None:
+    models = _models(config, numerics, params)
+    row, last = _row(behind, slot)
+    if models.head is not None:
         # The piece's tokens follow the last one before it and all of its own but the last.
-        behind = jnp.concatenate([row.last[:, None], streams[:, :-1]], axis=1)
+        before = jnp.concatenate([last[:, None], streams[:, :-1]], axis=1)
         start = position == 0  # where none is before it
-        behind = jnp.where(start, streams, behind)
+        before = jnp.where(start, streams, before)
         following = jnp.where(start, jnp.roll(ids, -1, axis=1), ids)
-        _, head = models.head(
-            models.main, behind, following, jnp.maximum(position - 1, 0), here - start, head
-        )
+        _, row = models.head(models.main, before, following, jnp.maximum(position - 1, 0), here - start, row)
     last = jax.lax.dynamic_index_in_dim(streams, here[0] - 1, axis=1, keepdims=False)
-    return _set_row(state, PromptState(Caches(main, head), last), slot)
+    return _set_row(behind, (row, last), slot)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
@@ -462,28 +571,44 @@ def _begin(
     params: tuple[Params, Params | None],
     requests: Requests,
     sequences: Sequences,
-    last: Float[Array, "B X M"],
+    last: Read,
     place: Int32[Array, "2"],
 ) -> tuple[Added, Sequences]:
     """The first token of the slot `place[0]`, whose prompt of `place[1]` tokens has been read."""
     models, slot = _models(config, numerics, params), place[0]
     row = _row(sequences.caches, slot)
     asked = _row(requests, slot)
-    added, begun = first_step(
-        models, asked, _row(last, slot), place[1:], row, draft_tokens, config.eos_token_id
-    )
+    added, begun = first_step(models, asked, last, place[1:], row, draft_tokens, config.eos_token_id)
     return added, _set_row(sequences, begun, slot)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _columns(
+    width: int,
+    token: Int32[Array, " S"],
+    drafts: Int32[Array, "S k"],
+    position: Int32[Array, " S"],
+    done: Bool[Array, " S"],
+) -> list[tuple[Int32[Array, "S width"], Int32[Array, " S"], Int32[Array, " S"]]]:
+    """The tokens to read, so many of each row at a time, with their positions and how many count."""
+    ids = jnp.concatenate([token[:, None], drafts], axis=1)
+    reads, starts = jnp.where(done, 0, width), range(0, ids.shape[1], width)
+    return [(ids[:, start : start + width], position + start, reads) for start in starts]
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
-def _decode(
+def _advance(
     config: Config,
     numerics: Numerics,
     params: tuple[Params, Params | None],
     requests: Requests,
     sequences: Sequences,
+    found: list[Read],
 ) -> tuple[Added, Sequences]:
-    return step(_models(config, numerics, params), requests, sequences, config.eos_token_id)
+    """What follows from what the model said of all tokens just read."""
+    together = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *found)
+    models, drafts = _models(config, numerics, params), sequences.drafts.shape[1]
+    return advance(models, requests, sequences, together, drafts, config.eos_token_id)
 
 
 # --- host helpers
@@ -495,16 +620,16 @@ def _idle(slots: int) -> Requests:
 
 
 def _request_row(sampling: SamplingParams) -> Requests:
-    limits = jnp.array([sampling.max_tokens], jnp.int32), jnp.array([not sampling.ignore_eos])
-    return Requests(SamplingArrays.stack([sampling]), *limits, jnp.array([FREE], jnp.int32))
+    return dataclasses.replace(Requests.stack([sampling]), forced=jnp.array([FREE], jnp.int32))
 
 
-def _free_bytes() -> int | None:
+def free_bytes() -> int | None:
     """Of the first device, or of this machine where a device does not say; None if neither does."""
     stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" in stats:
         return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
     try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
         return None

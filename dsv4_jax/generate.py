@@ -14,7 +14,19 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from dsv4_jax.cache import Cache, make_cache
 from dsv4_jax.config import Config
-from dsv4_jax.decode import Added, Caches, Models, Requests, Sequences, first_step, step
+from dsv4_jax.decode import (
+    INVARIANT_PIECE,
+    MOST_DRAFTS,
+    Added,
+    Caches,
+    Models,
+    Requests,
+    Sequences,
+    first_step,
+    read_one_by_one,
+    read_out,
+    step,
+)
 from dsv4_jax.model import Params, bind
 from dsv4_jax.mtp import bind_mtp, make_mtp_cache
 from dsv4_jax.numerics import Numerics
@@ -113,6 +125,35 @@ def read_prompt(
     return last, caches
 
 
+def _read_invariant(
+    models: Models, ids: Int32[Array, "B T"], length: Int32[Array, " B"], caches: Caches
+) -> Caches:
+    """The caches with all tokens of each row in them but the last.
+
+    Pieces of one length start at its multiples, and are read in a loop that the compiler does not dissolve
+    (see `decode.read_one_by_one`): so neither T nor the other rows' lengths change how a token is read.
+    """
+    model, head = models
+    batch, tokens = ids.shape
+    whole = -(-tokens // INVARIANT_PIECE) * INVARIANT_PIECE
+    padded = jnp.pad(ids, ((0, 0), (0, whole + 1 - tokens)))
+
+    def one(number, caches: Caches) -> Caches:
+        start = number * INVARIANT_PIECE
+        piece, following = (
+            jax.lax.dynamic_slice(padded, (0, first), (batch, INVARIANT_PIECE))
+            for first in (start, start + 1)
+        )
+        position, here = jnp.full(batch, start), jnp.clip(length - 1 - start, 0, INVARIANT_PIECE)
+        streams, main = model(piece, position, here, caches.main)
+        if head is None or caches.head is None:
+            return Caches(main, caches.head)
+        return Caches(main, head(model, streams, following, position, here, caches.head)[1])
+
+    count = (length.max() - 1 + INVARIANT_PIECE - 1) // INVARIANT_PIECE
+    return jax.lax.fori_loop(0, count, one, caches)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Generation:
@@ -159,7 +200,8 @@ class Generation:
 
 
 @functools.partial(
-    jax.jit, static_argnames=("config", "numerics", "max_new", "max_len", "draft_tokens", "chunk")
+    jax.jit,
+    static_argnames=("config", "numerics", "max_new", "max_len", "draft_tokens", "chunk", "invariant"),
 )
 def generate(
     config: Config,
@@ -174,6 +216,7 @@ def generate(
     mtp_params: Params | None = None,
     draft_tokens: int = 0,
     chunk: int = 2048,
+    invariant: bool = False,
 ) -> Generation:
     """Continues prompts, the whole token loop on the device.
 
@@ -188,27 +231,40 @@ def generate(
       mtp_params: of the MTP head, which drafts.
       draft_tokens: tokens it drafts for each step of a row; 0 for none. Greedy rows get the same tokens with
         any number, others the same distribution.
-      chunk: as in `prefill`.
+      chunk: as in `prefill`; `invariant` has a length of its own.
+      invariant: with the same B and `max_len` a row's tokens and logprobs have the same bits whatever the
+        other rows and the padding are and, where it is greedy, with any number of drafts. docs/numerics.md
+        says what that costs.
 
     Raises:
-      ValueError: drafts without the head's parameters.
+      ValueError: drafts without the head's parameters, or more than MOST_DRAFTS of them with `invariant`.
     """
     batch, head, head_cache = ids.shape[0], None, None
-    sizes = {"batch": batch, "max_len": max_len, "max_draft": draft_tokens}
+    if invariant and draft_tokens > MOST_DRAFTS:
+        raise ValueError(f"draft_tokens={draft_tokens}: invariant allows {MOST_DRAFTS} at most")
+    # Caches of one size for any number of drafts, so that what takes them is compiled the same.
+    sizes = {"batch": batch, "max_len": max_len, "max_draft": MOST_DRAFTS if invariant else draft_tokens}
     if draft_tokens:
         if mtp_params is None:
             raise ValueError(f"draft_tokens={draft_tokens} needs mtp_params")
         head, head_cache = bind_mtp(config, numerics, mtp_params), make_mtp_cache(config, numerics, **sizes)
     models = Models(bind(config, numerics, params), head)
     caches = Caches(make_cache(config, numerics, **sizes), head_cache)
-    streams, caches = read_prompt(models, ids, jnp.zeros_like(length), length, caches, chunk)
     eos = config.eos_token_id
-    added, sequences = first_step(models, requests, streams, length, caches, draft_tokens, eos)
+    if invariant:
+        caches = _read_invariant(models, ids, length, caches)
+        token = jnp.take_along_axis(ids, length[:, None] - 1, axis=1)
+        last, main = read_one_by_one(models.main, token, length - 1, jnp.ones_like(length), caches.main)
+        caches = Caches(main, caches.head)
+    else:
+        streams, caches = read_prompt(models, ids, jnp.zeros_like(length), length, caches, chunk)
+        last = read_out(models.main, streams[:, None])
+    added, sequences = first_step(models, requests, last, length, caches, draft_tokens, eos)
 
     def one_step(carry: tuple[Generation, Sequences]) -> tuple[Generation, Sequences]:
         written, sequences = carry
         drafted = jnp.where(sequences.done, 0, draft_tokens)
-        added, sequences = step(models, requests, sequences, eos)
+        added, sequences = step(models, requests, sequences, eos, invariant=invariant)
         return written.extended(added, drafted), sequences
 
     written = Generation.nothing(batch, max_new).extended(added, jnp.zeros(batch, jnp.int32))

@@ -1,26 +1,31 @@
 """Text or token ids in, text and token ids out: the model with its tokenizer and its engine."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from dsv4_jax.checkpoint.load import LoadedModel, Verify, load
+from dsv4_jax.checkpoint.names import parameters
 from dsv4_jax.compiles import count_compiles
-from dsv4_jax.engine import Engine, Event, FinishReason
-from dsv4_jax.errors import RequestError
+from dsv4_jax.config import Config
+from dsv4_jax.decode import MOST_DRAFTS
+from dsv4_jax.engine import Engine, Event, FinishReason, free_bytes
+from dsv4_jax.errors import MemoryPlanError, RequestError
 from dsv4_jax.numerics import OFFICIAL, Numerics
 from dsv4_jax.prompts import check_prompt
 from dsv4_jax.sampling import SamplingParams
+from dsv4_jax.sharding import parameter_sharding
 from dsv4_jax.tokenizer import Tokenizer
 from pallas_kernels.dispatch import parse_choice
 
 SHORTEST_CACHE = 128  # room in the caches is a power of two from here on, so that few programs serve all
-MOST_DRAFTS = 4  # of one step: the head, trained for one, guesses worse with each
 
 Prompt = str | Sequence[int]
 
@@ -85,6 +90,9 @@ class LLM:
       max_len: tokens that a prompt and its answer may have together.
       max_batch: prompts that run together; another starts when one of them ends.
       draft_tokens: tokens that the MTP head drafts for each step; 0 for none.
+      prefix_bytes: memory for the beginnings of prompts, which are then read once; 0 keeps none.
+      invariant: whether a request's bits are the same in any batch and, where it is greedy, with any number
+        of drafts; from the first request on there is then room for `max_batch` requests of `max_len` tokens.
     """
 
     def __init__(
@@ -97,19 +105,23 @@ class LLM:
         max_len: int | None = None,
         max_batch: int = 32,
         draft_tokens: int = 0,
+        prefix_bytes: int = 0,
+        invariant: bool = False,
     ):
         longest = model.config.max_position_embeddings
         if max_len is not None and not 1 <= max_len <= longest:
             raise RequestError(f"max_len must be in [1, {longest}] (max_position_embeddings), got {max_len}.")
         if max_batch < 1:
             raise RequestError(f"max_batch must be at least 1, got {max_batch}.")
+        if prefix_bytes < 0:
+            raise RequestError(f"prefix_bytes must be at least 0, got {prefix_bytes}.")
         _check_implementation(implementation)
         _check_draft_tokens(draft_tokens)
         if draft_tokens and model.mtp_params is None:
             raise RequestError(
                 f"draft_tokens={draft_tokens} needs the MTP head, which was not loaded", hint="load(mtp=True)"
             )
-        self.draft_tokens = draft_tokens
+        self.draft_tokens, self.prefix_bytes, self.invariant = draft_tokens, prefix_bytes, invariant
         self.model, self.numerics, self.tokenizer = model, numerics, tokenizer
         self.implementation = implementation
         self.max_len, self.max_batch = max_len or longest, max_batch
@@ -129,16 +141,20 @@ class LLM:
         max_len: int | None = None,
         max_batch: int = 32,
         draft_tokens: int = 0,
+        prefix_bytes: int = 0,
+        invariant: bool = False,
     ) -> Self:
         """Loads a checkpoint in the official format, and its tokenizer.json if there is one.
 
         Raises:
           RequestError: there is no such implementation, or it cannot draft so many tokens. Nothing has been
             read then.
+          MemoryPlanError: the parameters do not fit the device. None has been read then.
           DSV4Error: see `checkpoint.load.load` and `Tokenizer.from_pretrained`.
         """
         _check_implementation(implementation)
         _check_draft_tokens(draft_tokens)
+        _check_room(Config.from_pretrained(folder), mesh, mtp=draft_tokens > 0)
         model = load(folder, mtp=draft_tokens > 0, mesh=mesh, verify=verify, strict=strict, progress=progress)
         has_text = Tokenizer.exists(folder)
         tokenizer = Tokenizer.from_pretrained(folder, model.config.vocab_size) if has_text else None
@@ -150,6 +166,8 @@ class LLM:
             max_len=max_len,
             max_batch=max_batch,
             draft_tokens=draft_tokens,
+            prefix_bytes=prefix_bytes,
+            invariant=invariant,
         )
 
     def generate(
@@ -159,7 +177,9 @@ class LLM:
         *,
         names: Sequence[str] | None = None,
     ) -> list[GenerationOutput]:
-        """Continues each prompt; what one gets depends on no other in its batch but for rounding.
+        """Continues each prompt; what one gets depends on no other in its batch, but for rounding.
+
+        With `invariant` it does not depend on them at all.
 
         Args:
           prompts: a text, a list of token ids, or a list of either. Texts are raw: no chat template and no
@@ -212,8 +232,8 @@ class LLM:
         """Log-probabilities, in nats, of `ids[start:]`, each after all tokens before it.
 
         Tokens before `start` are read as a prompt, those after one at a time, by the very programs that
-        generate: what `generate` reported for an answer is what this gives for it, bit for bit (without
-        drafts, at the same number of slots and room in the caches).
+        generate. What `generate` reported for an answer is what this gives for it, bit for bit, if this `LLM`
+        is `invariant`; else without drafts, at the same number of slots and room in the caches.
 
         Raises:
           RequestError: the tokens cannot be served, or nothing lies before or after `start`.
@@ -235,7 +255,7 @@ class LLM:
         Raises:
           MemoryPlanError: so much room there is not.
         """
-        self._engine = self._new_engine(self.max_batch, max(self.max_len, SHORTEST_CACHE))
+        self._engine = self._new_engine(*self._most)
         self._engine.warm_up()
 
     def _run(
@@ -258,9 +278,14 @@ class LLM:
         longest = max(len(ids) + params.max_tokens for ids, params in requests)
         slots = min(_power_of_two(len(requests), 1), self.max_batch)
         if self._engine is None or self._engine.slots < slots or self._engine.max_len < longest:
-            max_len = min(_power_of_two(longest, SHORTEST_CACHE), max(self.max_len, SHORTEST_CACHE))
-            self._engine = self._new_engine(slots, max_len)
+            room = slots, min(_power_of_two(longest, SHORTEST_CACHE), self._most[1])
+            self._engine = self._new_engine(*(self._most if self.invariant else room))
         return self._engine
+
+    @property
+    def _most(self) -> tuple[int, int]:
+        """Slots that there may be, and room in each."""
+        return self.max_batch, max(self.max_len, SHORTEST_CACHE)
 
     def _new_engine(self, slots: int, max_len: int) -> Engine:
         self._engine = None  # frees its caches before there are new ones
@@ -271,6 +296,8 @@ class LLM:
             max_len=max_len,
             draft_tokens=self.draft_tokens,
             implementation=self.implementation,
+            prefix_bytes=self.prefix_bytes,
+            invariant=self.invariant,
         )
 
     def _token_ids(self, prompt: Any, params: SamplingParams, name: str) -> list[int]:
@@ -330,6 +357,24 @@ def _check_implementation(implementation: str | None) -> None:
         parse_choice(implementation)
     except (ValueError, NotImplementedError) as error:
         raise RequestError(str(error)) from None
+
+
+def _check_room(config: Config, mesh: Mesh | None, *, mtp: bool) -> None:
+    """Refuses parameters that do not fit a device, in the formats that the released checkpoints have."""
+    needed, free = 0, free_bytes()
+    for parameter in parameters(config, mtp=mtp):
+        leaves = jax.tree.leaves(parameter.value)
+        shapes = [leaf.shape for leaf in leaves]
+        if mesh is not None:
+            shardings = jax.tree.leaves(parameter_sharding(mesh, parameter.axes, parameter.value))
+            shapes = [each.shard_shape(shape) for each, shape in zip(shardings, shapes, strict=True)]
+        pairs = zip(leaves, shapes, strict=True)
+        needed += sum(math.prod(shape) * leaf.dtype.itemsize for leaf, shape in pairs)
+    if free is not None and needed > free:
+        raise MemoryPlanError(
+            f"parameters take {needed / 2**30:.2f} GiB of each device, {free / 2**30:.2f} GiB are free",
+            hint="spread them over a mesh of more devices",
+        )
 
 
 def _check_draft_tokens(draft_tokens: int) -> None:

@@ -2,12 +2,6 @@
 
 import dataclasses
 
-import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Float
-
-from pallas_kernels import QuantArray, activation_quant, fake_quantize
-
 
 @dataclasses.dataclass(frozen=True)
 class Numerics:
@@ -35,21 +29,6 @@ class Numerics:
         for name, values in allowed.items():
             if (found := getattr(self, name)) not in values:
                 raise ValueError(f"{name}={found!r}, must be one of {values}")
-
-    def quantize_activation(self, x: Float[Array, "*tokens K"]) -> jax.Array | QuantArray:
-        """`x` as a quantised linear takes it."""
-        return x if self.activation is None else activation_quant(x)
-
-    def quantize_kv(self, kv: Float[Array, "*rows D"], rope_dim: int) -> Float[Array, "*rows D"]:
-        """`kv` as the cache keeps it: the trailing `rope_dim` dimensions are not touched."""
-        if self.kv is None:
-            return kv
-        nope, rope = jnp.split(kv, [kv.shape[-1] - rope_dim], axis=-1)
-        return jnp.concatenate([fake_quantize(nope, self.kv), rope], axis=-1)
-
-    def quantize_index(self, x: Float[Array, "*rows J"]) -> Float[Array, "*rows J"]:
-        """An indexer query or key, already rotated, as it is scored."""
-        return x if self.index is None else fake_quantize(x, self.index)
 
 
 PLAIN = Numerics()

@@ -6,7 +6,7 @@ is faster, kernels that are held against it.
 
 from pallas_kernels.activation_quant import activation_quant
 from pallas_kernels.attention_inputs import (
-    attention_key_value,
+    attention_latents,
     attention_query,
     attention_unrotate,
     compressed_entries,
@@ -30,7 +30,7 @@ __all__ = [
     "QuantArray",
     "Target",
     "activation_quant",
-    "attention_key_value",
+    "attention_latents",
     "attention_query",
     "attention_unrotate",
     "block_diagonal_matmul",

@@ -10,13 +10,14 @@ What becomes of it is decided when it is lowered:
 - `compile_offline`: Triton's own compilers for NVIDIA and AMD, for tests and inspection.
 
 A kernel parameter named VENDOR is filled with "cuda" or "rocm" by whichever of these lowers it. Pointers are
-promised to be 16-byte aligned, as XLA's buffers are. Arguments come in the order inputs, outputs, constants.
+promised to be 16-byte aligned, as XLA's buffers are. Arguments come in the order inputs, outputs, constants;
+an output that lies where an input lies (`aliases`) is an argument too.
 """
 
 import dataclasses
 import functools
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -69,6 +70,7 @@ def triton_call(
     *inputs: jax.Array,
     out: jax.ShapeDtypeStruct | Sequence[jax.ShapeDtypeStruct],
     grid: tuple[int, ...],
+    aliases: Mapping[int, int] | None = None,
     num_warps: int = 4,
     num_stages: int = 3,
     engine: Engine = "ffi",
@@ -76,8 +78,13 @@ def triton_call(
 ) -> Any:
     """Launches `kernel(*inputs, *out, **constants)` on `grid`, inside or outside of `jax.jit`.
 
+    Args:
+      aliases: by number of an input, the number of the output that takes its place in memory, and so begins
+        as what the input is. XLA copies the input first wherever it is needed after the launch.
+
     Returns:
-      The outputs, one array or a tuple like `out`. They are not initialised: the kernel writes all of each.
+      The outputs, one array or a tuple like `out`. They are not initialised, but for those in `aliases`: the
+      kernel writes all of each.
 
     Raises:
       TypeError: an argument has a dtype that kernels do not take.
@@ -92,6 +99,7 @@ def triton_call(
         kernel=kernel,
         out=outs,
         grid=grid,
+        aliases=tuple((aliases or {}).items()),
         num_warps=num_warps,
         num_stages=num_stages,
         engine=engine,
@@ -136,6 +144,7 @@ def _lower_by_jax_triton(vendor: str, ctx: Any, *args: Any, **params: Any) -> An
         kernel=params["kernel"],
         out_shape=params["out"],
         grid=params["grid"],
+        input_output_aliases=dict(params["aliases"]),
         num_warps=params["num_warps"],
         num_stages=params["num_stages"],
         **params["constants"],
@@ -182,7 +191,8 @@ def _lower_by_xla(vendor: str, ctx: Any, *args: Any, **params: Any) -> Any:
     name, ttir = _ttir(launch, "sm_90" if vendor == "cuda" else "gfx942")
     grid = dict(zip(("grid_x", "grid_y", "grid_z"), map(np.int32, (*params["grid"], 1, 1)), strict=False))
     warps, stages = np.int32(launch.num_warps), np.int32(launch.num_stages)
-    rule = jax.ffi.ffi_lowering("__gpu$xla.gpu.triton", api_version=4)
+    aliases = dict(params["aliases"])
+    rule = jax.ffi.ffi_lowering("__gpu$xla.gpu.triton", api_version=4, operand_output_aliases=aliases)
     return rule(ctx, *args, name=name, ir=ttir, num_warps=warps, num_stages=stages, debug=False, **grid)
 
 

@@ -30,7 +30,7 @@ from dsv4_jax.errors import DSV4Error
 from dsv4_jax.generate import decode_step, generate, prefill
 from dsv4_jax.model import bind, declare
 from dsv4_jax.mtp import bind_mtp, make_mtp_cache
-from dsv4_jax.nn.rope import rope_angles, rope_frequencies
+from dsv4_jax.nn.rope import rope_frequencies, rotation
 from dsv4_jax.numerics import KVQUANT, PLAIN, Numerics
 from dsv4_jax.sampling import SamplingArrays, SamplingParams
 
@@ -153,9 +153,9 @@ def _one_block(config: Config, graphdef, params, streams, ids, cache: LayerCache
         return out, after, None
     attention, x = block.attn, block.hc_attn.read(streams, block.attn_norm)[0]
     positions = jnp.arange(ids.shape[1])[None]
-    angles = rope_angles(positions, rope_frequencies(config, attention.ratio))
-    q_latent, _ = attention.latents(x)
-    return out, after, attention.choose(x, q_latent, angles, positions, after)
+    turns = rotation(positions, rope_frequencies(config, attention.ratio))
+    q_latent, _ = attention.latents(x, turns)
+    return out, after, attention.choose(attention.projected(x), q_latent, turns, positions, after)
 
 
 def kvquant(loaded: LoadedModel, inputs: dict[str, np.ndarray], numerics: Numerics = KVQUANT):

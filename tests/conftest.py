@@ -109,16 +109,20 @@ def tiny_fp4(load_golden: Callable[[str], Golden]) -> Golden:
 
 
 @pytest.fixture(scope="session")
-def shallow() -> Callable[[LoadedModel], LoadedModel]:
-    """Cuts tiny-fp4 to its first three layers, which hold every module there is and compile sooner.
+def shallow() -> Callable[..., LoadedModel]:
+    """Cuts tiny-fp4 to its first layers, which compile sooner; three hold every module there is.
 
     They are an SWA and a CSA layer routed by token id, and an HCA layer routed by score.
     """
 
-    def cut(loaded: LoadedModel) -> LoadedModel:
-        ratios = (*loaded.config.main_ratios[:3], 0)
-        config = dataclasses.replace(loaded.config, num_hidden_layers=3, compress_ratios=ratios)
-        layers = {layer: loaded.params["layers"][layer] for layer in range(3)}
+    def cut(loaded: LoadedModel, count: int = 3) -> LoadedModel:
+        config = dataclasses.replace(
+            loaded.config,
+            num_hidden_layers=count,
+            num_hash_layers=min(count, loaded.config.num_hash_layers),
+            compress_ratios=(*loaded.config.main_ratios[:count], 0),
+        )
+        layers = {layer: loaded.params["layers"][layer] for layer in range(count)}
         return dataclasses.replace(loaded, config=config, params=loaded.params | {"layers": layers})
 
     return cut

@@ -1,5 +1,7 @@
-"""Measured rows are whole, and docs/benchmarks.md says what they say and nothing else."""
+"""Measured rows are whole, docs/benchmarks.md says what they say, and what measures a model runs."""
 
+import argparse
+import importlib
 import importlib.util
 import json
 import subprocess
@@ -35,11 +37,17 @@ def test_the_page_is_what_the_rows_say():
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_a_row_says_what_was_measured_where_and_of_which_commit(row):
+def test_a_row_says_what_was_measured_where_and_of_which_commit(render, row):
     assert row["us"] > 0
     assert all(row[field] for field in ("id", "implementation", "device", "commit", "jax", "driver"))
-    if not row["id"].startswith("model "):  # a kernel, whose floor and error are known
+    heading = render.group(row["id"])
+    if heading != "Start":
         assert row["floor_us"] > 0
+    if heading not in (
+        "One layer",
+        "Whole model",
+        "Start",
+    ):  # a kernel, which was held against its definition
         assert 0 <= row["rel_err"] < 0.1
 
 
@@ -119,7 +127,10 @@ def test_cases_stand_under_the_heading_of_their_kind(render):
         "fp8 matmul x": "FP8 products",
         "router T=1": "Small ops",
         "top-k 512": "Attention and indexer",
-        "model flash": "Whole model",
+        "layer SWA decode B=1 ctx=4k": "One layer",
+        "flash 43 layers prefill 4k": "Whole model",
+        "pro 61 layers prefill 4k": "Whole model",
+        "start warmup": "Start",
     }
 
     page = render.render([row(each, "triton", 1) for each in ids], [])
@@ -127,3 +138,101 @@ def test_cases_stand_under_the_heading_of_their_kind(render):
     for id, heading in ids.items():
         section = page.split(f"## {heading}\n")[1].split("\n## ")[0]
         assert lines_of(section, id)
+
+
+@pytest.fixture(scope="module")
+def decode() -> ModuleType:
+    """scripts/bench/decode.py, which takes its own folder's modules with it."""
+    return importlib.import_module("decode")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _bench_on_path():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCH)
+        yield
+
+
+def test_the_floor_of_a_step_is_the_one_that_targets_were_set_by(decode):
+    floors = {target["id"]: target["floor_us"] for target in TARGETS}
+    for case in map(decode.Case.parse, decode.CASES):
+        assert (
+            round(decode.step_us(decode.PRESETS["flash"], case.reads))
+            == floors[f"flash 43 layers {case.of_model}"]
+        )
+
+
+@pytest.mark.parametrize("text", ["decode", "decode B=1", "decode B=1 ctx=4kk", "prefill", "prefill 4k k=1"])
+def test_a_case_that_is_none_is_refused(decode, text):
+    with pytest.raises(argparse.ArgumentTypeError, match="is not like 'decode B=1 ctx=32k'"):
+        decode.Case.parse(text)
+
+
+@pytest.mark.parametrize("case", ["decode B=3 ctx=1k k=2", "prefill 4k", "decode B=1 ctx=100"])
+def test_a_case_is_named_as_it_is_asked_for(decode, case):
+    assert decode.Case.parse(case).of_layer == case
+
+
+def test_few_layers_of_a_model_are_its_first_of_each_kind(decode):
+    few = decode.few_layers(decode.PRESETS["flash"], 3)
+
+    assert few.main_ratios == (0, 0, 4, 128, 4, 128, 4, 128)
+    assert few.num_hash_layers == 3
+
+
+def test_a_whole_model_is_the_few_layers_measured_and_those_that_lack(decode):
+    config = decode.PRESETS["flash"]
+    model = decode.Model("flash", config, decode.few_layers(config, 4), None, None)
+    each = {"us_kernels": 1.0, "us_host": 2.0, "launches": 3.0}
+    layers = {"SWA": {"us": 7.0} | each, "CSA": {"us": 10.0} | each, "HCA": {"us": 20.0} | each}
+
+    total, words = decode.scaled(model, {"us": 1000.0} | each, layers)
+
+    assert total == {"us": 1000 + 17 * 10 + 16 * 20, "us_kernels": 34, "us_host": 68, "launches": 102}
+    assert words == "10 layers took 1000 us; +0 SWA of 7.0, +17 CSA of 10.0, +16 HCA of 20.0"
+
+
+def run_tiny(decode, tmp_path, *options: str) -> dict[str, dict]:
+    results = tmp_path / "rows.json"
+    tiny = ["--model", "tiny", "--layers-of-each", "1", "--seconds", "1000", "--results", str(results)]
+    assert decode.main([*tiny, *options]) == 0
+    return {row["id"]: row for row in json.loads(results.read_text())}
+
+
+def test_a_step_with_drafts_is_measured_layer_by_layer(decode, tmp_path, capsys):
+    cases = ["--cases", "decode B=3 ctx=40 k=1", "decode B=3 ctx=1M"]
+
+    rows = run_tiny(decode, tmp_path, *cases, "--memory-gb", "0.4")
+
+    layers = [f"layer tiny {kind} decode B=3 ctx=40 k=1" for kind in decode.KINDS]
+    few, whole = (f"tiny {count} layers decode step B=3 ctx=40 k=1" for count in (3, 5))
+    swa = "layer tiny SWA decode B=3 ctx=1M"  # the only one for whose cache there is room
+    assert list(rows) == [few, *layers, whole, swa]
+    assert rows[whole]["us"] == pytest.approx(sum(rows[each]["us"] for each in (few, *layers[1:])), abs=0.1)
+    assert rows[whole]["tokens_per_second_if_all_stand"] == pytest.approx(
+        2 * rows[whole]["tokens_per_second"], rel=1e-3
+    )
+    assert all(row["us"] > row["us_host"] > 0 < row["floor_us"] for row in rows.values())
+    assert "CSA decode B=3 ctx=1M: left out, takes" in capsys.readouterr().out
+
+
+def test_a_prefill_is_read_in_pieces(decode, tmp_path):
+    rows = run_tiny(decode, tmp_path, "--cases", "prefill 40", "--piece", "16", "--kinds", "model", "HCA")
+
+    assert list(rows) == ["tiny 3 layers prefill 40", "layer tiny HCA prefill 40"]
+    assert {row["piece"] for row in rows.values()} == {16}
+
+
+def test_no_time_is_no_row(decode, tmp_path, capsys):
+    results = tmp_path / "rows.json"
+
+    decode.main(["--model", "tiny", "--layers-of-each", "1", "--seconds", "0", "--results", str(results)])
+
+    assert json.loads(results.read_text()) == []
+    assert "model decode B=1 ctx=32k: left out" in capsys.readouterr().out
+
+
+def test_caches_that_are_copied_are_counted(decode):
+    hlo = "%a = bf16[2,3]{1,0} copy(%b)\n%c = f32[4]{0} fusion(%copy.1)\nROOT %d = (f32[5]{0}, u32[]) copy-start(%e)"
+
+    assert decode.copied_bytes(hlo) == 2 * 3 * 2 + 5 * 4

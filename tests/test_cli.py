@@ -5,10 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from dsv4_jax.cli import main
+from dsv4_jax.errors import RequestError
+from dsv4_jax.llm import LLM
 from dsv4_jax.weight_files import WeightFiles
 
 DATA = Path(__file__).parent / "data"
@@ -121,6 +124,8 @@ def test_the_module_is_the_command():
         (["--tokens", "1", "--max-tokens", "0"], 2, "max_tokens must be an integer >= 1, got 0"),
         (["--tokens", "1", "--seed", "-1"], 2, "seed must be"),
         (["--tokens", "1", "-o", "x.jsonl"], 2, "-o goes with -i"),
+        (["--tokens", "1", "--prefix-bytes", "-1"], 2, "prefix_bytes must be at least 0, got -1"),
+        (["--tokens", "1", "--prefix-bytes", "9"], 77, "prefix_bytes=9 do not hold a piece of 512 tokens"),
         (["--tokens", "1", "--mesh", "tp=3"], 2, "tp=3"),
         (["--tokens", "1", "--mesh", "pp=2"], 2, "not tp=N, ep=N or dp=N"),
         (["--tokens", "1", "--implementation", "cutlass"], 2, "no op has an implementation 'cutlass', have "),
@@ -139,6 +144,36 @@ def test_a_wrong_request_is_one_line_and_a_code(capsys, arguments, code, said):
     assert out == ""
     assert said in err
     assert "Traceback" not in err
+
+
+def test_the_models_options_arrive(capsys, monkeypatch):
+    given = {}
+
+    def from_pretrained(folder: Path, **options: object) -> None:
+        given.update(options)
+        raise RequestError("seen")
+
+    monkeypatch.setattr(LLM, "from_pretrained", from_pretrained)
+
+    code, _, _ = run(capsys, "generate", GOLDEN, "--tokens", "1", "--invariant", "--prefix-bytes", "4096",
+                     "--max-len", "64", "--max-batch", "3", "--draft-tokens", "2")  # fmt: skip
+
+    assert code == 2
+    expected = {"invariant": True, "prefix_bytes": 4096, "max_len": 64, "max_batch": 3, "draft_tokens": 2}
+    assert given.items() >= expected.items()
+
+
+def test_a_device_that_runs_out_of_memory_is_one_line_and_a_code(capsys, monkeypatch):
+    def generate(*_: object, **__: object) -> None:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nMuch more")
+
+    monkeypatch.setattr(LLM, "generate", generate)
+
+    code, out, err = run(capsys, "generate", GOLDEN, "--tokens", "1")
+
+    assert (code, out) == (77, "")
+    assert "error: the device is out of memory: RESOURCE_EXHAUSTED" in err
+    assert "Much more" not in err
 
 
 @pytest.mark.parametrize(
@@ -200,7 +235,7 @@ def test_logits_that_are_not_finite_end_the_command_with_their_own_code(capsys, 
 
     assert code == 70
     assert json.loads(out)["finish_reason"] == "error"
-    assert "not finite" in err
+    assert "logits of request 0 (after 0 tokens) were not finite numbers" in err
     assert verified == 70
     assert "hc_head_scale" in found
 

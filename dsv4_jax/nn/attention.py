@@ -6,17 +6,23 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32
 
-from dsv4_jax.cache import LayerCache
+from dsv4_jax.cache import LayerCache, RecentRows
 from dsv4_jax.config import Config
 from dsv4_jax.nn.compressor import Compressor
 from dsv4_jax.nn.indexer import Indexer, all_visible
-from dsv4_jax.nn.linear import BlockDiagonalLinear, Linear, products
-from dsv4_jax.nn.norm import RMSNorm, rms_normalize
+from dsv4_jax.nn.linear import BlockDiagonalLinear, Linear, side_by_side
+from dsv4_jax.nn.norm import RMSNorm
 from dsv4_jax.nn.parameter import parameter
-from dsv4_jax.nn.rope import rope_angles, rope_frequencies, rotate
+from dsv4_jax.nn.rope import Rotation, rope_frequencies, rotation
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.sharding import constrain
-from pallas_kernels import sparse_attention
+from pallas_kernels import (
+    QuantArray,
+    attention_latents,
+    attention_query,
+    attention_unrotate,
+    sparse_attention,
+)
 
 
 class Attention(nnx.Module):
@@ -56,16 +62,19 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B T M"], LayerCache]:
         """Attends from `length` new tokens, which stand from `position` on, to all before and themselves."""
         positions = position[:, None] + jnp.arange(x.shape[1])
-        angles = rope_angles(positions, rope_frequencies(self.config, self.ratio))
-        q_latent, kv = self.latents(x)
-        q, kv = self.queries(q_latent, angles), self.key_values(kv, angles)
+        # Layers of one kind turn alike: XLA makes this once for all that are in one program.
+        turns = rotation(positions, rope_frequencies(self.config, self.ratio))
+        q_latent, kv = self.latents(x, turns)
+        projected = self.projected(x)
+        q = self.queries(q_latent, turns)
 
-        window_kv, window_index = self._window(kv, position, cache)
-        cache = self.remember(x, kv, position, length, cache)
+        window_before = cache.window
+        cache = self.remember(kv, projected, position, length, cache)
+        window_kv, window_index = self._window(kv, position, window_before, cache.window)
         compressed_kv, compressed_index = None, None
         if cache.compressed is not None:
             compressed_kv = cache.compressed.entries
-            compressed_index = self.choose(x, q_latent, angles, positions, cache)
+            compressed_index = self.choose(projected, q_latent, turns, positions, cache)
 
         out = sparse_attention(
             q,
@@ -76,73 +85,90 @@ class Attention(nnx.Module):
             self.attn_sink.get_value(),
             softmax_scale=self.config.head_dim**-0.5,
         )
-        return self._project(rotate(out, angles[:, :, None], inverse=True)), cache
+        return self._project(attention_unrotate(out, *turns)), cache
 
-    def latents(self, x: Float[Array, "B T M"]) -> tuple[Float[Array, "B T Q"], Float[Array, "B T D"]]:
-        """What queries are made of, which the indexer reads too; and what key-values are made of."""
-        q_latent, kv = products(x, self.wq_a, self.wkv)
-        if kv is None:
-            q_latent, kv = jnp.split(q_latent, [self.wq_a.rows], axis=-1)
-        return self.q_norm(q_latent), kv
+    def latents(
+        self, x: Float[Array, "B T M"], turns: Rotation
+    ) -> tuple[Float[Array, "B T Q"] | QuantArray, Float[Array, "B T D"]]:
+        """What queries are made of, which the indexer reads too; and key-values as the window keeps them."""
+        readers = (self.wq_b, self.indexer.wq_b) if self.ratio == 4 else (self.wq_b,)
+        formats = {reader.activation for reader in readers}
+        return attention_latents(
+            side_by_side(x, self.wq_a, self.wkv),
+            self.q_norm.weight.get_value(),
+            self.kv_norm.weight.get_value(),
+            *turns,
+            eps=self.config.rms_norm_eps,
+            format=self.numerics.kv,
+            activation=formats.pop() if len(formats) == 1 else None,
+        )
+
+    def projected(self, x: Float[Array, "B T M"]) -> Float32[Array, "B T P"] | None:
+        """All that compressor and indexer read of `x`, column by column; None in layers without them."""
+        if not self.ratio:
+            return None
+        indexers = self.indexer.projections if self.ratio == 4 else ()
+        return side_by_side(x, *self.compressor.projections, *indexers)
 
     def queries(
-        self, q_latent: Float[Array, "B T Q"], angles: Float32[Array, "B T pairs"]
+        self, q_latent: Float[Array, "B T Q"] | QuantArray, turns: Rotation
     ) -> Float[Array, "B T H D"]:
         """The queries of all heads."""
-        heads, head_dim = self.config.num_attention_heads, self.config.head_dim
-        q = self.wq_b(q_latent).reshape(*q_latent.shape[:2], heads, head_dim)
+        q = self.wq_b(q_latent)
+        q = q.reshape(*q.shape[:2], self.config.num_attention_heads, self.config.head_dim)
         q = constrain(q, "batch", "tokens", "heads", "head_dim")
-        return rotate(rms_normalize(q, self.config.rms_norm_eps), angles[:, :, None])
-
-    def key_values(
-        self, kv: Float[Array, "B T D"], angles: Float32[Array, "B T pairs"]
-    ) -> Float[Array, "B T D"]:
-        """The key-value of each token, from its latent, as the window keeps it."""
-        kv = rotate(self.kv_norm(kv), angles)
-        return self.numerics.quantize_kv(kv, self.config.qk_rope_head_dim)
+        return attention_query(q, *turns, eps=self.config.rms_norm_eps)
 
     def remember(
         self,
-        x: Float[Array, "B T M"],
         kv: Float[Array, "B T D"],
+        projected: Float32[Array, "B T P"] | None,
         position: Int32[Array, " B"],
         length: Int32[Array, " B"],
         cache: LayerCache,
     ) -> LayerCache:
         """The cache with the new tokens in it."""
         cache = dataclasses.replace(cache, window=cache.window.write(kv, position, length))
-        if cache.compressed is not None:
-            compressed = self.compressor(x, position, length, cache.compressed)
-            cache = dataclasses.replace(cache, compressed=compressed)
+        if projected is None or cache.compressed is None:
+            return cache
+        compressed = self.compressor(projected, 0, position, length, cache.compressed)
+        cache = dataclasses.replace(cache, compressed=compressed)
         if cache.index is not None:
-            index = self.indexer.compressor(x, position, length, cache.index)
+            column = self.compressor.columns
+            index = self.indexer.compressor(projected, column, position, length, cache.index)
             cache = dataclasses.replace(cache, index=index)
         return cache
 
     def choose(
         self,
-        x: Float[Array, "B T M"],
-        q_latent: Float[Array, "B T Q"],
-        angles: Float32[Array, "B T pairs"],
+        projected: Float32[Array, "B T P"] | None,
+        q_latent: Float[Array, "B T Q"] | QuantArray,
+        turns: Rotation,
         positions: Int32[Array, "B T"],
         cache: LayerCache,
     ) -> Int32[Array, "B T K"]:
         """Compressed entries each query attends to, -1 where there are fewer; of layers that have any."""
-        if cache.index is not None:
-            return self.indexer(x, q_latent, angles[:, :, None], positions, cache.index.entries)
+        assert projected is not None
         assert cache.compressed is not None
+        if cache.index is not None:
+            columns = projected, self.compressor.columns
+            return self.indexer(*columns, q_latent, turns, positions, cache.index.entries)
         return all_visible((positions + 1) // self.ratio, cache.compressed.entries.shape[1])
 
     def _window(
-        self, kv: Float[Array, "B T D"], position: Int32[Array, " B"], cache: LayerCache
+        self, kv: Float[Array, "B T D"], position: Int32[Array, " B"], before: RecentRows, after: RecentRows
     ) -> tuple[Float[Array, "B R D"], Int32[Array, "B T W"]]:
-        """Recent and new key-values in text order, and the rows each query sees of them."""
-        window = self.config.sliding_window
-        rows = jnp.concatenate([cache.window.before(position, window - 1), kv], axis=1)
-        # Query t sees itself (row t + window - 1) and the rows before it, back to the start of the text.
-        row = jnp.arange(kv.shape[1])[:, None] + jnp.arange(window)
-        exists = position[:, None, None] + row - (window - 1) >= 0
-        return rows, jnp.where(exists, row, -1)
+        """Recent and new key-values, and the rows that each query sees of them, in text order.
+
+        `before` and `after` are the window without and with the new rows.
+        """
+        window, tokens, slots = self.config.sliding_window, kv.shape[1], after.rows.shape[1]
+        # Query t sees itself and the rows before it, back to the start of the text.
+        seen = position[:, None, None] + jnp.arange(tokens)[:, None] + jnp.arange(1 - window, 1)
+        if tokens <= slots - window + 1:  # a step's new rows take no slot of one that its first query sees
+            return after.rows, jnp.where(seen >= 0, seen % slots, -1)
+        rows = jnp.concatenate([before.before(position, window - 1), kv], axis=1)
+        return rows, jnp.where(seen >= 0, seen - position[:, None, None] + window - 1, -1)
 
     def _project(self, out: Float[Array, "B T H D"]) -> Float[Array, "B T M"]:
         """Groups of heads through `wo_a`, all together through `wo_b`."""

@@ -1,17 +1,19 @@
 """The compressor: every `ratio` tokens become one entry."""
 
+import dataclasses
+
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float32, Int32
 
-from dsv4_jax.cache import CompressedCache
+from dsv4_jax.cache import CompressedCache, RecentRows
 from dsv4_jax.config import Config
 from dsv4_jax.nn.linear import PlainLinear
 from dsv4_jax.nn.norm import RMSNorm
 from dsv4_jax.nn.parameter import parameter
-from dsv4_jax.nn.rope import rope_angles, rope_frequencies, rotate
+from dsv4_jax.nn.rope import rope_frequencies, rotation
 from dsv4_jax.numerics import Numerics
-from pallas_kernels import compress, hadamard
+from pallas_kernels import compressed_entries
 
 
 class Compressor(nnx.Module):
@@ -32,38 +34,46 @@ class Compressor(nnx.Module):
         self.config, self.numerics = config, numerics
         self.ratio, self.for_index = ratio, for_index
 
+    @property
+    def projections(self) -> tuple[PlainLinear, PlainLinear]:
+        """What the columns that it reads are made with, in their order."""
+        return self.wkv, self.wgate
+
+    @property
+    def columns(self) -> int:
+        """How many columns it reads."""
+        return 2 * self.ape.shape[-1]
+
     def __call__(
         self,
-        x: Float[Array, "B T M"],
+        projected: Float32[Array, "B T P"],
+        column: int,
         position: Int32[Array, " B"],
         length: Int32[Array, " B"],
         cache: CompressedCache,
     ) -> CompressedCache:
-        """Takes in `length` new tokens from `position` on, and stores the entries they complete."""
-        ratio, tokens = self.ratio, x.shape[1]
-        positions = position[:, None] + jnp.arange(tokens)
-        kv, score = self.wkv(x), self.wgate(x) + self.ape.get_value()[positions % ratio]
+        """Takes in `length` new tokens from `position` on, and stores the entries they complete.
 
-        # The oldest token that the first entry under way can need lies this far back.
-        reach = (2 * ratio if self.ratio == 4 else ratio) - 1
-        absent = (position[:, None] - reach + jnp.arange(reach)) < 0
-        before = jnp.where(absent[..., None], -jnp.inf, cache.score.before(position, reach))
-        kv_rows = jnp.concatenate([cache.kv.before(position, reach), kv], axis=1)
-        score_rows = jnp.concatenate([before, score], axis=1)
-
+        Its columns of `projected`, those of `projections` side by side, begin at `column`.
+        """
+        ratio, tokens = self.ratio, projected.shape[1]
         # T tokens close at most ceil(T / ratio) windows, the first of them the one `position` lies in.
         entry = (position // ratio)[:, None] + jnp.arange(-(-tokens // ratio))
-        first_row = entry * ratio - position[:, None] + reach
-        pooled = compress(kv_rows, score_rows, first_row, ratio=ratio, head_dim=self.head_dim)
+        entries, kv, score = compressed_entries(
+            projected,
+            self.ape.get_value(),
+            cache.kv.rows,
+            cache.score.rows,
+            position,
+            length,
+            self.norm.weight.get_value(),
+            *rotation(entry * ratio, rope_frequencies(self.config, ratio)),
+            column=column,
+            eps=self.norm.eps,
+            for_index=self.for_index,
+            format=self.numerics.index if self.for_index else self.numerics.kv,
+            dtype=jnp.dtype(self.numerics.dtype),
+        )
         complete = (entry + 1) * ratio <= (position + length)[:, None]
-        cache = cache.write(self._finish(pooled, entry), entry, complete)
-        return cache.write_raw(kv, score, position, length)
-
-    def _finish(self, pooled: Float[Array, "B N D"], entry: Int32[Array, "B N"]) -> Float[Array, "B N D"]:
-        """Norm, rotation to the first position of the window, and quantisation as the cache keeps it."""
-        normed = self.norm(pooled.astype(self.numerics.dtype))
-        angles = rope_angles(entry * self.ratio, rope_frequencies(self.config, self.ratio))
-        rotated = rotate(normed, angles)
-        if self.for_index:
-            return self.numerics.quantize_index(hadamard(rotated))
-        return self.numerics.quantize_kv(rotated, self.config.qk_rope_head_dim)
+        cache = dataclasses.replace(cache, kv=RecentRows(kv), score=RecentRows(score))
+        return cache.write(entries, entry, complete)

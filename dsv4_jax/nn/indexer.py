@@ -7,9 +7,9 @@ from jaxtyping import Array, Float, Float32, Int32
 from dsv4_jax.config import Config
 from dsv4_jax.nn.compressor import Compressor
 from dsv4_jax.nn.linear import Linear, PlainLinear
-from dsv4_jax.nn.rope import rotate
+from dsv4_jax.nn.rope import Rotation
 from dsv4_jax.numerics import Numerics
-from pallas_kernels import hadamard, index_select
+from pallas_kernels import QuantArray, index_query, index_select
 
 
 class Indexer(nnx.Module):
@@ -25,23 +25,33 @@ class Indexer(nnx.Module):
         self.compressor = Compressor(config, numerics, ratio, for_index=True)
         self.config, self.numerics, self.ratio = config, numerics, ratio
 
+    @property
+    def projections(self) -> tuple[PlainLinear, ...]:
+        """What the columns that it and its compressor read are made with, in their order."""
+        return *self.compressor.projections, self.weights_proj
+
     def queries(
         self,
-        x: Float[Array, "B T M"],
-        q_latent: Float[Array, "B T Q"],
-        angles: Float32[Array, "B T 1 pairs"],
+        projected: Float32[Array, "B T P"],
+        column: int,
+        q_latent: Float[Array, "B T Q"] | QuantArray,
+        turns: Rotation,
     ) -> tuple[Float[Array, "B T I J"], Float32[Array, "B T I"]]:
-        """Index queries, rotated and quantised as the keys are, and the weight of each head."""
-        heads, head_dim = self.config.index_n_heads, self.config.index_head_dim
-        q = rotate(self.wq_b(q_latent).reshape(*x.shape[:2], heads, head_dim), angles)
-        weights = self.weights_proj(x) * (heads * head_dim) ** -0.5
-        return self.numerics.quantize_index(hadamard(q)), weights.astype(jnp.float32)
+        """Index queries, rotated and quantised as the keys are, and the weight of each head.
+
+        The columns of `projections` begin at `column` of `projected`.
+        """
+        q = self.wq_b(q_latent)
+        q = q.reshape(*q.shape[:2], self.config.index_n_heads, self.config.index_head_dim)
+        column += self.compressor.columns
+        return index_query(q, projected, *turns, column=column, format=self.numerics.index)
 
     def __call__(
         self,
-        x: Float[Array, "B T M"],
-        q_latent: Float[Array, "B T Q"],
-        angles: Float32[Array, "B T 1 pairs"],
+        projected: Float32[Array, "B T P"],
+        column: int,
+        q_latent: Float[Array, "B T Q"] | QuantArray,
+        turns: Rotation,
         positions: Int32[Array, "B T"],
         keys: Float[Array, "B S J"],
     ) -> Int32[Array, "B T K"]:
@@ -49,7 +59,7 @@ class Indexer(nnx.Module):
         visible = (positions + 1) // self.ratio  # an entry that closes at a position is seen from there
         if keys.shape[1] <= self.config.index_topk:
             return all_visible(visible, keys.shape[1])
-        q, weights = self.queries(x, q_latent, angles)
+        q, weights = self.queries(projected, column, q_latent, turns)
         return index_select(q, keys, weights, visible, self.config.index_topk)
 
 

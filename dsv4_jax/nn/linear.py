@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 from dsv4_jax.config import Config
 from dsv4_jax.nn.parameter import parameter, quantized_parameter, scale_dtype
 from dsv4_jax.numerics import Numerics
-from pallas_kernels import QuantArray, block_diagonal_matmul, block_matmul
+from pallas_kernels import QuantArray, activation_quant, block_diagonal_matmul, block_matmul
 
 
 class Linear(nnx.Module):
@@ -20,11 +20,19 @@ class Linear(nnx.Module):
         self.rows = shape[0]
         self.numerics = numerics
 
-    def __call__(self, x: Float[Array, "*tokens in"]) -> Float[Array, "*tokens out"]:
-        weight = self.weight.get_value()
-        # An unquantised weight was left so because its product is sensitive: its input stays too.
-        operand = self.numerics.quantize_activation(x) if isinstance(weight, QuantArray) else x
-        return block_matmul(operand, weight, out_dtype=self.numerics.dtype)
+    @property
+    def activation(self) -> str | None:
+        """The format in which it takes its input.
+
+        An unquantised weight was left so because its product is sensitive: its input stays too.
+        """
+        return self.numerics.activation if isinstance(self.weight.get_value(), QuantArray) else None
+
+    def __call__(self, x: Float[Array, "*tokens in"] | QuantArray) -> Float[Array, "*tokens out"]:
+        """The product with `x`, which may be quantised already."""
+        if self.activation and not isinstance(x, QuantArray):
+            x = activation_quant(x)
+        return block_matmul(x, self.weight.get_value(), out_dtype=self.numerics.dtype)
 
 
 def products(
@@ -32,6 +40,14 @@ def products(
 ) -> tuple[Float[Array, "*tokens first"], Float[Array, "*tokens second"] | None]:
     """Both linears of one input; side by side in the first place where their weights were joined at load."""
     return first(x), None if second.weight.get_value() is None else second(x)
+
+
+def side_by_side(
+    x: Float[Array, "*tokens in"], *linears: "Linear | PlainLinear"
+) -> Float[Array, "*tokens out"]:
+    """The columns of all linears of one input; one product, if their weights were joined at load."""
+    columns = [linear(x) for linear in linears if linear.weight.get_value() is not None]
+    return columns[0] if len(columns) == 1 else jnp.concatenate(columns, axis=-1)
 
 
 class BlockDiagonalLinear(Linear):

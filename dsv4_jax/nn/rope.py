@@ -1,4 +1,4 @@
-"""Rotary position embedding on the trailing dimensions, in interleaved pairs.
+"""Rotary position embedding: by which angles the trailing dimensions turn, in interleaved pairs.
 
 Layers without compression use plain RoPE at `rope_theta`; layers with it use YaRN at `compress_rope_theta`,
 at every length and without an attention factor. Source: `precompute_freqs_cis` and `apply_rotary_emb` of the
@@ -6,12 +6,20 @@ released inference/model.py.
 """
 
 import math
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float32, Int32
 
 from dsv4_jax.config import Config, RopeScaling
+
+
+class Rotation(NamedTuple):
+    """Cosine and sine of the angle of each pair of dimensions, by position."""
+
+    cos: Float32[Array, "*rows pairs"]
+    sin: Float32[Array, "*rows pairs"]
 
 
 def _yarn(frequencies: np.ndarray, theta: float, rope_dim: int, scaling: RopeScaling) -> np.ndarray:
@@ -38,17 +46,7 @@ def rope_frequencies(config: Config, ratio: int) -> np.ndarray:
     return frequencies.astype(np.float32)
 
 
-def rope_angles(position: Int32[Array, "*rows"], frequencies: np.ndarray) -> Float32[Array, "*rows pairs"]:
-    """The angle of each pair at each position, in radians."""
-    return position[..., None].astype(jnp.float32) * frequencies
-
-
-def rotate(
-    x: Float[Array, "*rows D"], angles: Float32[Array, "*rows pairs"], *, inverse: bool = False
-) -> Float[Array, "*rows D"]:
-    """Rotates the last 2 * pairs dimensions of `x`; `angles` broadcasts against its leading axes."""
-    plain, turned = jnp.split(x, [x.shape[-1] - 2 * angles.shape[-1]], axis=-1)
-    even, odd = (turned[..., part::2].astype(jnp.float32) for part in (0, 1))
-    cos, sin = jnp.cos(angles), jnp.sin(-angles if inverse else angles)
-    pairs = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
-    return jnp.concatenate([plain, pairs.reshape(turned.shape).astype(x.dtype)], axis=-1)
+def rotation(position: Int32[Array, "*rows"], frequencies: np.ndarray) -> Rotation:
+    """Of each pair at each position, float32 [*rows, pairs]."""
+    angles = position[..., None].astype(jnp.float32) * frequencies
+    return Rotation(jnp.cos(angles), jnp.sin(angles))

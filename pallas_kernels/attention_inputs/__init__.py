@@ -2,7 +2,8 @@
 
 Norm, rotary embedding and quantisation of whole vectors, each op in one pass. A rotation comes as cosine and
 sine of each pair's angle, so that layers share them; it turns the last 2 * pairs columns, two neighbours at a
-time. Between two steps numbers are rounded to the dtype of the input.
+time. Between two steps numbers are rounded to the dtype of the input. Where an op takes some columns of a
+product, it is given the whole product and where they begin: a slice would be a kernel of its own.
 """
 
 import jax.numpy as jnp
@@ -10,11 +11,18 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.attention_inputs import reference
 from pallas_kernels.dispatch import Implementation, select
+from pallas_kernels.formats import QuantArray
 from pallas_kernels.target import Target
 
 
-def _run_query(*arguments):
+def _run_latents(*arguments):
     from pallas_kernels.attention_inputs import triton  # Triton is an extra that a CPU does without
+
+    return triton.latents(*arguments)
+
+
+def _run_query(*arguments):
+    from pallas_kernels.attention_inputs import triton
 
     return triton.query(*arguments)
 
@@ -23,12 +31,6 @@ def _run_unrotate(*arguments):
     from pallas_kernels.attention_inputs import triton
 
     return triton.unrotate(*arguments)
-
-
-def _run_key_value(*arguments):
-    from pallas_kernels.attention_inputs import triton
-
-    return triton.key_value(*arguments)
 
 
 def _run_index_query(*arguments):
@@ -59,34 +61,55 @@ def _rotates(target: Target, x, cos, sin) -> bool:
     return target.vendor != "cpu" and alike and x.size > 0 and _power_of_two(width) and 2 <= width <= 4096
 
 
+def _latents_fit(target: Target, x, q_weight, kv_weight, cos, sin, eps, format, activation) -> bool:
+    (width,), plain = kv_weight.shape, kv_weight.shape[0] - 2 * cos.shape[-1]
+    known = format == "fp8_block64" and activation in (None, "fp8_token128")
+    known &= all(weight.dtype in (jnp.bfloat16, jnp.float32) for weight in (q_weight, kv_weight))
+    known &= x.dtype == jnp.bfloat16 and cos.dtype == sin.dtype == jnp.float32
+    whole = 0 < q_weight.size <= 4096 and q_weight.size % 128 == 0 and _width_fits(width, format, plain)
+    return target.vendor != "cpu" and x.size > 0 and known and whole
+
+
 def _query_fits(target: Target, q, cos, sin, eps) -> bool:
     return _rotates(target, q, cos, sin)
 
 
-def _key_value_fits(target: Target, kv, weight, cos, sin, eps, format) -> bool:
-    width, plain = kv.shape[-1], kv.shape[-1] - 2 * cos.shape[-1]
-    known = format == "fp8_block64" and weight.dtype in (jnp.bfloat16, jnp.float32)
-    return known and _rotates(target, kv, cos, sin) and _width_fits(width, format, plain)
-
-
-def _index_query_fits(target: Target, q, cos, sin, format) -> bool:
+def _index_query_fits(target: Target, q, projected, column, cos, sin, format) -> bool:
     width = q.shape[-1]
-    return format == "fp4_group32" and _rotates(target, q, cos, sin) and _width_fits(width, format, width)
+    known = format == "fp4_group32" and projected.dtype == jnp.float32
+    return known and _rotates(target, q, cos, sin) and _width_fits(width, format, width)
 
 
 def _entries_fit(
-    target: Target, kv, score, kv_ring, score_ring, position, length, weight, cos, sin, *settings
+    target: Target,
+    projected,
+    column,
+    ape,
+    kv_ring,
+    score_ring,
+    position,
+    length,
+    weight,
+    cos,
+    sin,
+    eps,
+    for_index,
+    format,
+    dtype,
 ) -> bool:
-    ratio, _, for_index, format, dtype = settings
-    (width,), floats = weight.shape, (kv, score, kv_ring, score_ring, cos, sin)
+    (width,), floats = weight.shape, (projected, ape, kv_ring, score_ring, cos, sin)
     known = format == ("fp4_group32" if for_index else "fp8_block64") and dtype == jnp.bfloat16
     known &= all(each.dtype == jnp.float32 for each in floats)
     known &= position.dtype == length.dtype == jnp.int32 and weight.dtype in (jnp.bfloat16, jnp.float32)
     columns = width if for_index else width - 2 * cos.shape[-1]
-    fitting = _width_fits(width, format, columns) and _power_of_two(ratio)
+    fitting = _width_fits(width, format, columns) and _power_of_two(ape.shape[0])
     return target.vendor != "cpu" and known and fitting and cos.size > 0
 
 
+LATENTS = (
+    Implementation("triton", _run_latents, _latents_fit, proven=False),
+    Implementation("reference", reference.latents),
+)
 QUERY = (
     Implementation("triton", _run_query, _query_fits, proven=False),
     Implementation("reference", reference.query),
@@ -94,10 +117,6 @@ QUERY = (
 UNROTATE = (
     Implementation("triton", _run_unrotate, _rotates, proven=False),
     Implementation("reference", reference.unrotate),
-)
-KEY_VALUE = (
-    Implementation("triton", _run_key_value, _key_value_fits, proven=False),
-    Implementation("reference", reference.key_value),
 )
 INDEX_QUERY = (
     Implementation("triton", _run_index_query, _index_query_fits, proven=False),
@@ -107,6 +126,37 @@ ENTRIES = (
     Implementation("triton", _run_entries, _entries_fit, proven=False),
     Implementation("reference", reference.compressed_entries),
 )
+
+
+def attention_latents(
+    x: Float[Array, "B T Q+D"],
+    q_weight: Float[Array, " Q"],
+    kv_weight: Float[Array, " D"],
+    cos: Float32[Array, "B T pairs"],
+    sin: Float32[Array, "B T pairs"],
+    *,
+    eps: float,
+    format: str | None,
+    activation: str | None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B T Q"] | QuantArray, Float[Array, "B T D"]]:
+    """What queries are made of, normalised; and key-values, normalised, rotated and through `format`.
+
+    Source: `Attention.forward` of the released inference/model.py.
+
+    Args:
+      x: the columns of both, side by side.
+      q_weight, kv_weight: of the norms.
+      eps: `rms_norm_eps`.
+      format: "fp8_block64", through which the key-values' columns go that are not rotated; None leaves them.
+      activation: "fp8_token128", in which the first result is given then, as a linear takes it; or None.
+
+    Raises:
+      ValueError: x has other columns than the two norms.
+    """
+    if x.shape[-1] != q_weight.size + kv_weight.size:
+        raise ValueError(f"x has {x.shape[-1]} columns, the norms {q_weight.size} and {kv_weight.size}")
+    return select(LATENTS, implementation, x, q_weight, kv_weight, cos, sin, eps, format, activation)
 
 
 def attention_query(
@@ -138,49 +188,36 @@ def attention_unrotate(
     return select(UNROTATE, implementation, out, cos, sin)
 
 
-def attention_key_value(
-    kv: Float[Array, "B T D"],
-    weight: Float[Array, " D"],
-    cos: Float32[Array, "B T pairs"],
-    sin: Float32[Array, "B T pairs"],
-    *,
-    eps: float,
-    format: str | None,
-    implementation: str | None = None,
-) -> Float[Array, "B T D"]:
-    """RMSNorm, rotation, and the columns that are not rotated through `format` and back.
-
-    Args:
-      weight: of the norm.
-      eps: `rms_norm_eps`.
-      format: "fp8_block64", or None to leave the columns as they are.
-    """
-    return select(KEY_VALUE, implementation, kv, weight, cos, sin, eps, format)
-
-
 def index_query(
     q: Float[Array, "B T I J"],
+    projected: Float32[Array, "B T P"],
     cos: Float32[Array, "B T pairs"],
     sin: Float32[Array, "B T pairs"],
     *,
+    column: int,
     format: str | None,
     implementation: str | None = None,
-) -> Float[Array, "B T I J"]:
-    """Rotation, Hadamard transform, and all columns through `format` and back.
+) -> tuple[Float[Array, "B T I J"], Float32[Array, "B T I"]]:
+    """Rotation, Hadamard transform, and all columns through `format` and back; and the weight of each head.
+
+    Source: `Indexer.forward` of the released inference/model.py.
 
     Args:
+      projected: a product, whose I columns from `column` on are the weights, before they are rounded to the
+        dtype of q and divided by sqrt(I * J).
       format: "fp4_group32", or None to leave the columns as they are.
 
     Raises:
-      ValueError: J is not a power of two.
+      ValueError: J is not a power of two, or `projected` has no such columns.
     """
     _check_transform(q.shape[-1])
-    return select(INDEX_QUERY, implementation, q, cos, sin, format)
+    _check_columns(projected, column, q.shape[-2])
+    return select(INDEX_QUERY, implementation, q, projected, column, cos, sin, format)
 
 
 def compressed_entries(
-    kv: Float32[Array, "B T C"],
-    score: Float32[Array, "B T C"],
+    projected: Float32[Array, "B T P"],
+    ape: Float32[Array, "ratio C"],
     kv_ring: Float32[Array, "B S C"],
     score_ring: Float32[Array, "B S C"],
     position: Int32[Array, " B"],
@@ -189,25 +226,26 @@ def compressed_entries(
     cos: Float32[Array, "B N pairs"],
     sin: Float32[Array, "B N pairs"],
     *,
-    ratio: int,
+    column: int,
     eps: float,
     for_index: bool,
     format: str | None,
     dtype=jnp.bfloat16,
     implementation: str | None = None,
-) -> Float[Array, "B N D"]:
-    """The entries that `length` new tokens complete: pooled, normalised, rotated and quantised.
+) -> tuple[Float[Array, "B N D"], Float32[Array, "B S C"], Float32[Array, "B S C"]]:
+    """The entries that `length` new tokens complete: pooled, normalised, rotated, quantised; and the rings.
 
     Entry n of a sequence covers positions i * ratio to (i + 1) * ratio - 1 with i = position // ratio + n; an
     entry whose last token is not there is zeros. What is pooled how is said at `compress`; what precedes the
-    text takes no part. `compress` is followed by a rounding to `dtype`, and that by what
-    `attention_key_value` does, or `index_query` after an RMSNorm.
+    text takes no part. `compress` is followed by a rounding to `dtype`, an RMSNorm, and then by what
+    `attention_latents` does with key-values, or `index_query` with queries.
 
     Args:
-      kv, score: raw rows of the new tokens, the first of which stands at `position`; those from `length` on
-        are not looked at. `ape` is already added to `score`.
+      projected: a product, whose C columns from `column` on are the values of the new tokens, and the C after
+        them their scores. The first token stands at `position`; those from `length` on are not looked at.
+      ape: added to a score by its position modulo ratio.
       kv_ring, score_ring: rows of the tokens before; that of position p is in slot p mod S. S is at least
-        ratio * C / D - 1.
+        ratio * C / D - 1. The rings returned have the rows of the new tokens in them, `ape` added.
       weight: of the norm.
       cos, sin: of the first position of each entry's window; N of them say how many entries there are to be,
         T / ratio rounded up.
@@ -216,17 +254,25 @@ def compressed_entries(
       format: "fp8_block64", with for_index "fp4_group32"; None leaves the columns as they are.
 
     Raises:
-      ValueError: C is neither D nor 2 * D, S is too small, or D is no power of two with `for_index`.
+      ValueError: C is neither D nor 2 * D, `projected` has no such columns, S is too small, or D is no power
+        of two with `for_index`.
     """
-    channels, (head_dim,) = kv.shape[-1], weight.shape
+    (ratio, channels), (head_dim,) = ape.shape, weight.shape
     if channels not in (head_dim, 2 * head_dim):
-        raise ValueError(f"kv has {channels} channels, neither head_dim {head_dim} nor twice that")
+        raise ValueError(f"there are {channels} channels, neither head_dim {head_dim} nor twice that")
+    _check_columns(projected, column, 2 * channels)
     if (slots := kv_ring.shape[1]) < (reach := ratio * (channels // head_dim) - 1):
         raise ValueError(f"rings of {slots} slots do not hold the {reach} tokens that an entry may need")
     if for_index:
         _check_transform(head_dim)
-    rows, settings = (kv, score, kv_ring, score_ring), (ratio, eps, for_index, format, dtype)
-    return select(ENTRIES, implementation, *rows, position, length, weight, cos, sin, *settings)
+    rings, settings = (kv_ring, score_ring), (eps, for_index, format, dtype)
+    arguments = (projected, column, ape, *rings, position, length, weight, cos, sin, *settings)
+    return select(ENTRIES, implementation, *arguments)
+
+
+def _check_columns(projected: Float32[Array, "B T P"], column: int, count: int) -> None:
+    if not 0 <= column <= (columns := projected.shape[-1]) - count:
+        raise ValueError(f"a product of {columns} columns has no {count} from {column} on")
 
 
 def _check_transform(size: int) -> None:

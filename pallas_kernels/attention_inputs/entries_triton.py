@@ -1,6 +1,6 @@
 """`compressed_entries` in Triton: each program makes one entry, from raw rows to what the cache keeps.
 
-Most decode steps complete no entry: their programs read three numbers, write zeros and are gone.
+Most decode steps complete no entry: their programs put the new rows into the rings, write zeros and are gone.
 """
 
 import jax
@@ -16,6 +16,7 @@ from pallas_kernels.attention_inputs.parts_triton import (
     rotated,
     rounded,
 )
+from pallas_kernels.attention_inputs.reference import raw_rows, written
 from pallas_kernels.triton_call import triton_call
 
 _ROWS_AT_ONCE = 32  # of a window
@@ -23,14 +24,16 @@ _ROWS_AT_ONCE = 32  # of a window
 
 @triton.jit
 def _pooled(
-    kv,
-    score,
+    projected,
+    ape,
     kv_ring,
     score_ring,
     batch,
     start,
     first,
     TOKENS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    COLUMN: tl.constexpr,
     SLOTS: tl.constexpr,
     RATIO: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -55,10 +58,14 @@ def _pooled(
             row = first + place
             half = tl.zeros([ROWS, 1], tl.int32)
         there, new = (row >= 0)[:, None], (row >= start)[:, None]
-        new_at = (batch * TOKENS + row - start).to(tl.int64)[:, None] * CHANNELS + half + channel
+        new_at = (batch * TOKENS + row - start).to(tl.int64)[:, None] * COLUMNS + COLUMN + half + channel
         old_at = (batch * SLOTS + row % SLOTS).to(tl.int64)[:, None] * CHANNELS + half + channel
-        scores = tl.load(tl.where(new, score + new_at, score_ring + old_at), mask=there, other=float("-inf"))
-        values = tl.load(tl.where(new, kv + new_at, kv_ring + old_at), mask=there, other=0.0)
+        from_ = tl.where(new, projected + new_at + CHANNELS, score_ring + old_at)
+        scores = tl.load(from_, mask=there, other=float("-inf"))
+        # Those in the ring have it already.
+        ape_at = (place % RATIO)[:, None] * CHANNELS + half + channel
+        scores += tl.load(ape + ape_at, mask=new, other=0.0)
+        values = tl.load(tl.where(new, projected + new_at, kv_ring + old_at), mask=there, other=0.0)
 
         # Each thread goes through rows of its own, and meets the others at the end.
         scores = tl.reshape(scores, [ROWS // LANES, LANES, WIDTH])
@@ -74,10 +81,35 @@ def _pooled(
 
 
 @triton.jit
+def _remember(
+    projected,
+    ape,
+    new_kv_ring,
+    new_score_ring,
+    batch,
+    start,
+    token,
+    TOKENS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    COLUMN: tl.constexpr,
+    SLOTS: tl.constexpr,
+    RATIO: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """Puts the row of one new token into both rings."""
+    channel = tl.arange(0, CHANNELS)
+    new = projected + (batch * TOKENS + token).to(tl.int64) * COLUMNS + COLUMN + channel
+    score = tl.load(new + CHANNELS) + tl.load(ape + (start + token) % RATIO * CHANNELS + channel)
+    at = (batch * SLOTS + (start + token) % SLOTS).to(tl.int64) * CHANNELS + channel
+    tl.store(new_kv_ring + at, tl.load(new))
+    tl.store(new_score_ring + at, score)
+
+
+@triton.jit
 def _compressed_entries(
-    kv,  # [B, TOKENS, WIDTH or 2 * WIDTH] float32
-    score,
-    kv_ring,  # [B, SLOTS, as kv] float32
+    projected,  # [B, TOKENS, COLUMNS] float32: from COLUMN on CHANNELS values, then as many scores
+    ape,  # [RATIO, CHANNELS] float32
+    kv_ring,  # [B, SLOTS, CHANNELS] float32, where CHANNELS is WIDTH or 2 * WIDTH
     score_ring,
     position,  # [B] int32
     length,
@@ -85,7 +117,11 @@ def _compressed_entries(
     cos,  # [B, ENTRIES, PAIRS] float32
     sin,
     out,  # [B, ENTRIES, WIDTH] bfloat16
+    new_kv_ring,  # where kv_ring is
+    new_score_ring,
     TOKENS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    COLUMN: tl.constexpr,
     SLOTS: tl.constexpr,
     ENTRIES: tl.constexpr,
     RATIO: tl.constexpr,
@@ -95,6 +131,7 @@ def _compressed_entries(
     PAIRS: tl.constexpr,
     EPS: tl.constexpr,
     FOR_INDEX: tl.constexpr,
+    REMEMBER: tl.constexpr,  # whether no new row takes the slot of one that an entry may need
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
     GROUP: tl.constexpr,
@@ -107,42 +144,40 @@ def _compressed_entries(
     program = tl.program_id(0)
     batch = program // ENTRIES
     start = tl.load(position + batch)
+    tokens = tl.load(length + batch)
     first = (start // RATIO + program % ENTRIES) * RATIO
+    if REMEMBER:
+        CHANNELS: tl.constexpr = WIDTH * (2 if OVERLAP else 1)
+        begin = program % ENTRIES * RATIO
+        for token in range(begin, tl.minimum(tokens, begin + RATIO)):
+            _remember(
+                *(projected, ape, new_kv_ring, new_score_ring, batch, start, token),
+                *(TOKENS, COLUMNS, COLUMN, SLOTS, RATIO, CHANNELS),
+            )
     channel = tl.arange(0, WIDTH)[None, :]
     at = program.to(tl.int64) * WIDTH + channel
-    if first + RATIO <= start + tl.load(length + batch):
+    if first + RATIO <= start + tokens:
         weights = tl.load(weight + channel).to(tl.float32)
         x = _pooled(
-            kv,
-            score,
-            kv_ring,
-            score_ring,
-            batch,
-            start,
-            first,
-            TOKENS,
-            SLOTS,
-            RATIO,
-            OVERLAP,
-            WIDTH,
-            ROWS,
-            LANES,
+            *(projected, ape, kv_ring, score_ring, batch, start, first),
+            *(TOKENS, COLUMNS, COLUMN, SLOTS, RATIO, OVERLAP, WIDTH, ROWS, LANES),
         )
         x = rounded(normalized(rounded(x, VENDOR), WIDTH, EPS) * weights, VENDOR)
         one = program + tl.arange(0, 1)
         x = rotated(x, cos, sin, one, one >= 0, 1, WIDTH, PAIRS, False)
         if FOR_INDEX:
             x = rounded(hadamard(rounded(x, VENDOR), 1, WIDTH, LOG2_WIDTH), VENDOR)
-        COLUMNS: tl.constexpr = WIDTH if FOR_INDEX else WIDTH - 2 * PAIRS
-        x = requantized(x, 1, WIDTH, COLUMNS, GROUP, FLOOR, MOST_BITS, LOWEST_EXPONENT, MANTISSA_BITS)
+        QUANTISED: tl.constexpr = WIDTH if FOR_INDEX else WIDTH - 2 * PAIRS
+        x = requantized(x, 1, WIDTH, QUANTISED, GROUP, FLOOR, MOST_BITS, LOWEST_EXPONENT, MANTISSA_BITS)
         tl.store(out + at, x.to(tl.bfloat16))
     else:
         tl.store(out + at, tl.zeros([1, WIDTH], tl.bfloat16))
 
 
 def compressed_entries(
-    kv: jax.Array,
-    score: jax.Array,
+    projected: jax.Array,
+    column: int,
+    ape: jax.Array,
     kv_ring: jax.Array,
     score_ring: jax.Array,
     position: jax.Array,
@@ -150,20 +185,21 @@ def compressed_entries(
     weight: jax.Array,
     cos: jax.Array,
     sin: jax.Array,
-    ratio: int,
     eps: float,
     for_index: bool,
     format: str,
     dtype,
-) -> jax.Array:
-    batch, tokens, channels = kv.shape
-    entries, (width,) = cos.shape[1], weight.shape
-    rows = min(ratio * (channels // width), _ROWS_AT_ONCE)
-    num_warps = max(1, min(16, width * rows // 1024))
-    return triton_call(
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    batch, tokens, columns = projected.shape
+    (ratio, channels), entries, (width,) = ape.shape, cos.shape[1], weight.shape
+    slots, windows = kv_ring.shape[1], channels // width
+    remember = tokens <= slots - (windows * ratio - 1)
+    at_once = min(ratio * windows, _ROWS_AT_ONCE)
+    num_warps = max(1, min(16, width * at_once // 1024))
+    found, *rings = triton_call(
         _compressed_entries,
-        kv,
-        score,
+        projected,
+        ape,
         kv_ring,
         score_ring,
         position,
@@ -171,20 +207,32 @@ def compressed_entries(
         weight,
         cos,
         sin,
-        out=jax.ShapeDtypeStruct((batch, entries, width), dtype),
+        out=(
+            jax.ShapeDtypeStruct((batch, entries, width), dtype),
+            jax.ShapeDtypeStruct(kv_ring.shape, kv_ring.dtype),
+            jax.ShapeDtypeStruct(score_ring.shape, score_ring.dtype),
+        ),
+        aliases={2: 1, 3: 2},
         grid=(batch * entries,),
         num_warps=num_warps,
         TOKENS=tokens,
-        SLOTS=kv_ring.shape[1],
+        COLUMNS=columns,
+        COLUMN=column,
+        SLOTS=slots,
         ENTRIES=entries,
         RATIO=ratio,
-        OVERLAP=channels > width,
+        OVERLAP=windows == 2,
         WIDTH=width,
         LOG2_WIDTH=width.bit_length() - 1,
         PAIRS=cos.shape[-1],
         EPS=eps,
         FOR_INDEX=for_index,
-        ROWS=rows,
+        REMEMBER=remember,
+        ROWS=at_once,
         LANES=max(1, num_warps * 128 // width),  # rows at a time, four channels a thread
         **constants(format),
     )
+    if not remember:
+        rows = raw_rows(projected, column, ape, position)
+        rings = [written(*each, position, length) for each in zip(rings, rows, strict=True)]
+    return found, *rings

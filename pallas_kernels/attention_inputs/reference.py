@@ -4,18 +4,20 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.compressor.reference import compress
-from pallas_kernels.formats import fake_quantize
+from pallas_kernels.formats import QuantArray, fake_quantize, quantize
 from pallas_kernels.indexer.reference import hadamard
 
 # --- steps
 
 
 def rms_normalize(x: jax.Array, eps: float) -> jax.Array:
+    """x / sqrt(mean(x^2) + eps) over the last axis, in float32, without a weight."""
     wide = x.astype(jnp.float32)
     return (wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + eps)).astype(x.dtype)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """`rms_normalize` times a weight, one rounding at the end."""
     normalized = rms_normalize(x.astype(jnp.float32), eps)
     return (normalized * weight.astype(jnp.float32)).astype(x.dtype)
 
@@ -44,6 +46,22 @@ def index_vector(x: jax.Array, cos: jax.Array, sin: jax.Array, format: str | Non
 # --- ops
 
 
+def latents(
+    x: jax.Array,
+    q_weight: jax.Array,
+    kv_weight: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    eps: float,
+    format: str | None,
+    activation: str | None,
+) -> tuple[jax.Array | QuantArray, jax.Array]:
+    q, kv = jnp.split(x, [q_weight.size], axis=-1)
+    q = rms_norm(q, q_weight, eps)
+    kv = quantize_plain(rotate(rms_norm(kv, kv_weight, eps), cos, sin), cos.shape[-1], format)
+    return q if activation is None else quantize(q, activation), kv
+
+
 def query(q: jax.Array, cos: jax.Array, sin: jax.Array, eps: float) -> jax.Array:
     return rotate(rms_normalize(q, eps), cos[:, :, None], sin[:, :, None])
 
@@ -52,19 +70,18 @@ def unrotate(out: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return rotate(out, cos[:, :, None], -sin[:, :, None])
 
 
-def key_value(
-    kv: jax.Array, weight: jax.Array, cos: jax.Array, sin: jax.Array, eps: float, format: str | None
-) -> jax.Array:
-    return quantize_plain(rotate(rms_norm(kv, weight, eps), cos, sin), cos.shape[-1], format)
-
-
-def index_query(q: jax.Array, cos: jax.Array, sin: jax.Array, format: str | None) -> jax.Array:
-    return index_vector(q, cos[:, :, None], sin[:, :, None], format)
+def index_query(
+    q: jax.Array, projected: jax.Array, column: int, cos: jax.Array, sin: jax.Array, format: str | None
+) -> tuple[jax.Array, jax.Array]:
+    *_, heads, head_dim = q.shape
+    weights = projected[..., column : column + heads].astype(q.dtype) * (heads * head_dim) ** -0.5
+    return index_vector(q, cos[:, :, None], sin[:, :, None], format), weights.astype(jnp.float32)
 
 
 def compressed_entries(
-    kv: jax.Array,
-    score: jax.Array,
+    projected: jax.Array,
+    column: int,
+    ape: jax.Array,
     kv_ring: jax.Array,
     score_ring: jax.Array,
     position: jax.Array,
@@ -72,13 +89,14 @@ def compressed_entries(
     weight: jax.Array,
     cos: jax.Array,
     sin: jax.Array,
-    ratio: int,
     eps: float,
     for_index: bool,
     format: str | None,
     dtype,
-) -> jax.Array:
-    head_dim, channels = weight.shape[0], kv.shape[-1]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    (ratio, channels), head_dim = ape.shape, weight.shape[0]
+    kv, score = raw_rows(projected, column, ape, position)
+
     # The oldest token that the first entry can need lies this far back.
     reach = ratio * (channels // head_dim) - 1
     past_BR = position[:, None] - reach + jnp.arange(reach)
@@ -87,6 +105,7 @@ def compressed_entries(
     kv_rows = jnp.concatenate([kv_before, kv], axis=1)
     score_rows = jnp.concatenate([score_before, score], axis=1)
 
+    # T tokens close at most ceil(T / ratio) windows, the first of them the one `position` lies in.
     entry_BN = (position // ratio)[:, None] + jnp.arange(cos.shape[1])
     first_row_BN = entry_BN * ratio - position[:, None] + reach
     pooled = compress(kv_rows, score_rows, first_row_BN, ratio, head_dim).astype(dtype)
@@ -96,8 +115,27 @@ def compressed_entries(
     else:
         entries = quantize_plain(rotate(normed, cos, sin), cos.shape[-1], format)
     complete_BN = (entry_BN + 1) * ratio <= (position + length)[:, None]
-    return jnp.where(complete_BN[..., None], entries, 0)
+    entries = jnp.where(complete_BN[..., None], entries, 0)
+    return entries, *(written(*each, position, length) for each in ((kv_ring, kv), (score_ring, score)))
+
+
+def raw_rows(
+    projected: jax.Array, column: int, ape: jax.Array, position: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Values and scores of the new tokens, as the rings keep them."""
+    ratio, channels = ape.shape
+    kv, score = jnp.split(projected[..., column : column + 2 * channels], 2, axis=-1)
+    return kv, score + ape[(position[:, None] + jnp.arange(score.shape[1])) % ratio]
 
 
 def _rows(ring: jax.Array, position_BR: jax.Array) -> jax.Array:
     return jnp.take_along_axis(ring, (position_BR % ring.shape[1])[..., None], axis=1)
+
+
+def written(ring: jax.Array, rows: jax.Array, position: jax.Array, length: jax.Array) -> jax.Array:
+    """The ring with the first `length` of `rows` in it, which belong to `position` and after."""
+    slots, (batch, tokens, _) = ring.shape[1], rows.shape
+    token, end = jnp.arange(tokens), length[:, None]
+    keep = (token < end) & (token >= end - slots)  # of rows that share a slot the last one stays
+    slot = jnp.where(keep, (position[:, None] + token) % slots, slots)  # a slot past the end is dropped
+    return ring.at[jnp.arange(batch)[:, None], slot].set(rows, mode="drop")

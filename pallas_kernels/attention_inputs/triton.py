@@ -1,9 +1,13 @@
-"""Queries, key-values and index queries in Triton: one launch each, whose programs take some rows."""
+"""Latents, queries and index queries in Triton: one launch each, whose programs take some rows."""
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import triton
 import triton.language as tl
 
+from pallas_kernels.activation_quant import activation_quant
+from pallas_kernels.activation_quant.triton import quantized
 from pallas_kernels.attention_inputs.parts_triton import (
     constants,
     hadamard,
@@ -12,7 +16,11 @@ from pallas_kernels.attention_inputs.parts_triton import (
     rotated,
     rounded,
 )
+from pallas_kernels.formats import E4M3_MAX, FORMATS, QuantArray
+from pallas_kernels.target import current_target
 from pallas_kernels.triton_call import triton_call
+
+_FEW = 128  # rows, of which a program takes one: more programs start sooner
 
 
 @triton.jit
@@ -42,13 +50,22 @@ def _query(
 
 
 @triton.jit
-def _key_value(
-    kv,  # [TOTAL, WIDTH] bfloat16
-    weight,  # [WIDTH]
+def _latents(
+    x,  # [TOTAL, Q + WIDTH] bfloat16
+    q_weight,  # [Q]
+    kv_weight,  # [WIDTH]
     cos,  # [TOTAL, PAIRS] float32
     sin,
-    out,  # as kv
+    q,  # [TOTAL, Q] E4M3 or bfloat16
+    scale,  # [TOTAL, Q / 128] uint8, not written without QUANTIZE
+    kv,  # [TOTAL, WIDTH] bfloat16
     TOTAL: tl.constexpr,
+    Q: tl.constexpr,
+    Q_WIDTH: tl.constexpr,  # the power of two that is at least Q
+    Q_ROWS: tl.constexpr,
+    QUANTIZE: tl.constexpr,
+    Q_FLOOR: tl.constexpr,
+    Q_MOST: tl.constexpr,
     WIDTH: tl.constexpr,
     PAIRS: tl.constexpr,
     EPS: tl.constexpr,
@@ -60,26 +77,61 @@ def _key_value(
     MANTISSA_BITS: tl.constexpr,
     VENDOR: tl.constexpr,
 ):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    real = row < TOTAL
-    at = row[:, None].to(tl.int64) * WIDTH + tl.arange(0, WIDTH)[None, :]
-    x = tl.load(kv + at, mask=real[:, None], other=0.0).to(tl.float32)
-    weights = tl.load(weight + tl.arange(0, WIDTH)).to(tl.float32)
-    x = rounded(normalized(x, WIDTH, EPS) * weights[None, :], VENDOR)
-    x = rotated(x, cos, sin, row, real, ROWS, WIDTH, PAIRS, False)
-    PLAIN: tl.constexpr = WIDTH - 2 * PAIRS
-    x = requantized(x, ROWS, WIDTH, PLAIN, GROUP, FLOOR, MOST_BITS, LOWEST_EXPONENT, MANTISSA_BITS)
-    tl.store(out + at, x.to(tl.bfloat16), mask=real[:, None])
+    Q_PROGRAMS: tl.constexpr = (TOTAL + Q_ROWS - 1) // Q_ROWS
+    if tl.program_id(0) < Q_PROGRAMS:
+        row = tl.program_id(0) * Q_ROWS + tl.arange(0, Q_ROWS)
+        column = tl.arange(0, Q_WIDTH)
+        real = (row < TOTAL)[:, None] & (column < Q)[None, :]
+        at = row[:, None].to(tl.int64) * (Q + WIDTH) + column[None, :]
+        numbers = tl.load(x + at, mask=real, other=0.0).to(tl.float32)
+        weights = tl.load(q_weight + column, mask=column < Q, other=0.0).to(tl.float32)
+        numbers = rounded(normalized(numbers, Q, EPS) * weights[None, :], VENDOR)
+        if QUANTIZE:
+            BLOCKS: tl.constexpr = Q_WIDTH // 128
+            values, exponent = quantized(tl.reshape(numbers, [Q_ROWS * BLOCKS, 128]), Q_FLOOR, Q_MOST)
+            tl.store(
+                q + row[:, None].to(tl.int64) * Q + column[None, :],
+                tl.reshape(values, [Q_ROWS, Q_WIDTH]),
+                mask=real,
+            )
+            block = tl.arange(0, BLOCKS)
+            tl.store(
+                scale + row[:, None].to(tl.int64) * (Q // 128) + block[None, :],
+                tl.reshape(exponent.to(tl.uint8), [Q_ROWS, BLOCKS]),
+                mask=(row < TOTAL)[:, None] & (block < Q // 128)[None, :],
+            )
+        else:
+            tl.store(q + row[:, None].to(tl.int64) * Q + column[None, :], numbers.to(tl.bfloat16), mask=real)
+    else:
+        token = (tl.program_id(0) - Q_PROGRAMS) * ROWS + tl.arange(0, ROWS)
+        there = token < TOTAL
+        channel = tl.arange(0, WIDTH)
+        from_ = token[:, None].to(tl.int64) * (Q + WIDTH) + Q + channel[None, :]
+        vector = tl.load(x + from_, mask=there[:, None], other=0.0).to(tl.float32)
+        kv_weights = tl.load(kv_weight + channel).to(tl.float32)
+        vector = rounded(normalized(vector, WIDTH, EPS) * kv_weights[None, :], VENDOR)
+        vector = rotated(vector, cos, sin, token, there, ROWS, WIDTH, PAIRS, False)
+        PLAIN: tl.constexpr = WIDTH - 2 * PAIRS
+        vector = requantized(
+            vector, ROWS, WIDTH, PLAIN, GROUP, FLOOR, MOST_BITS, LOWEST_EXPONENT, MANTISSA_BITS
+        )
+        to = token[:, None].to(tl.int64) * WIDTH + channel[None, :]
+        tl.store(kv + to, vector.to(tl.bfloat16), mask=there[:, None])
 
 
 @triton.jit
 def _index_query(
     q,  # [TOTAL, WIDTH] bfloat16, a row for each head of each token
+    projected,  # [tokens, COLUMNS] float32, with the weights of the heads from COLUMN on
     cos,  # [tokens, PAIRS] float32
     sin,
     out,  # as q
+    weights,  # [TOTAL] float32
     TOTAL: tl.constexpr,
     HEADS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    COLUMN: tl.constexpr,
+    WEIGHT_SCALE: tl.constexpr,
     WIDTH: tl.constexpr,
     LOG2_WIDTH: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -100,8 +152,61 @@ def _index_query(
     x = requantized(x, ROWS, WIDTH, WIDTH, GROUP, FLOOR, MOST_BITS, LOWEST_EXPONENT, MANTISSA_BITS)
     tl.store(out + at, x.to(tl.bfloat16), mask=real[:, None])
 
+    weight = tl.load(
+        projected + (row // HEADS).to(tl.int64) * COLUMNS + COLUMN + row % HEADS, mask=real, other=0.0
+    )
+    weight = (weight.to(tl.bfloat16).to(tl.float32) * WEIGHT_SCALE).to(tl.bfloat16).to(tl.float32)
+    tl.store(weights + row, weight, mask=real)
+
 
 # --- launches
+
+
+def latents(
+    x: jax.Array,
+    q_weight: jax.Array,
+    kv_weight: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    eps: float,
+    format: str,
+    activation: str | None,
+) -> tuple[jax.Array | QuantArray, jax.Array]:
+    *outer, columns = x.shape
+    width, q_columns, total = kv_weight.size, q_weight.size, x.size // columns
+    q_width = triton.next_power_of_2(q_columns)
+    # Where the chip has other FP8 numbers, or none, the definition makes them.
+    quantize = activation is not None and current_target().has_e4m3
+    q_rows, rows = (1 if total <= _FEW else max(1, 2048 // each) for each in (q_width, width))
+    q, scale, kv = triton_call(
+        _latents,
+        x,
+        q_weight,
+        kv_weight,
+        cos,
+        sin,
+        out=(
+            jax.ShapeDtypeStruct((*outer, q_columns), jnp.float8_e4m3fn if quantize else x.dtype),
+            jax.ShapeDtypeStruct((*outer, q_columns // 128), jnp.uint8),
+            jax.ShapeDtypeStruct((*outer, width), x.dtype),
+        ),
+        grid=(-(-total // q_rows) + -(-total // rows),),
+        TOTAL=total,
+        Q=q_columns,
+        Q_WIDTH=q_width,
+        Q_ROWS=q_rows,
+        QUANTIZE=quantize,
+        Q_FLOOR=FORMATS["fp8_token128"].floor,
+        Q_MOST=E4M3_MAX,
+        WIDTH=width,
+        PAIRS=cos.shape[-1],
+        EPS=eps,
+        ROWS=rows,
+        **constants(format),
+    )
+    if quantize:
+        return QuantArray(q, scale, activation), kv
+    return q if activation is None else activation_quant(q), kv
 
 
 def query(q: jax.Array, cos: jax.Array, sin: jax.Array, eps: float) -> jax.Array:
@@ -131,40 +236,27 @@ def _launch_query(q: jax.Array, cos: jax.Array, sin: jax.Array, **constants) -> 
     )
 
 
-def key_value(
-    kv: jax.Array, weight: jax.Array, cos: jax.Array, sin: jax.Array, eps: float, format: str
-) -> jax.Array:
-    width = kv.shape[-1]
-    rows, total = _rows_of_a_program(kv), kv.size // width
-    return triton_call(
-        _key_value,
-        kv,
-        weight,
-        cos,
-        sin,
-        out=jax.ShapeDtypeStruct(kv.shape, kv.dtype),
-        grid=(-(-total // rows),),
-        TOTAL=total,
-        WIDTH=width,
-        PAIRS=cos.shape[-1],
-        EPS=eps,
-        ROWS=rows,
-        **constants(format),
-    )
-
-
-def index_query(q: jax.Array, cos: jax.Array, sin: jax.Array, format: str) -> jax.Array:
-    *_, heads, width = q.shape
+def index_query(
+    q: jax.Array, projected: jax.Array, column: int, cos: jax.Array, sin: jax.Array, format: str
+) -> tuple[jax.Array, jax.Array]:
+    *outer, heads, width = q.shape
     rows, total = _rows_of_a_program(q), q.size // width
     return triton_call(
         _index_query,
         q,
+        projected,
         cos,
         sin,
-        out=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        out=(
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct((*outer, heads), jnp.float32),
+        ),
         grid=(-(-total // rows),),
         TOTAL=total,
         HEADS=heads,
+        COLUMNS=projected.shape[-1],
+        COLUMN=column,
+        WEIGHT_SCALE=float(np.array((heads * width) ** -0.5, jnp.bfloat16)),
         WIDTH=width,
         LOG2_WIDTH=width.bit_length() - 1,
         PAIRS=cos.shape[-1],

@@ -27,6 +27,20 @@ def _mosaic_fits(target: Target, x, weight, out_dtype) -> bool:
     return mosaic.fits(target, x, weight, out_dtype)
 
 
+def _few_block_matmul(*args, **kwargs):
+    from pallas_kernels.block_matmul import mosaic_few
+
+    return mosaic_few.block_matmul(*args, **kwargs)
+
+
+def _few_fits(target: Target, x, weight, out_dtype) -> bool:
+    if target.vendor != "cuda" or target.arch != "sm_90":
+        return False
+    from pallas_kernels.block_matmul import mosaic_few
+
+    return mosaic_few.fits(target, x, weight, out_dtype)
+
+
 def _triton_block_matmul(*args, **kwargs):
     from pallas_kernels.block_matmul import triton  # Triton is an extra that a CPU does without
 
@@ -57,6 +71,7 @@ def _triton_fits_diagonal(target: Target, x, weight, out_dtype) -> bool:
 
 
 MATMUL = (
+    Implementation("mosaic", _few_block_matmul, fits=_few_fits, proven=False),
     Implementation("mosaic", _mosaic_block_matmul, fits=_mosaic_fits),
     Implementation("triton", _triton_block_matmul, fits=_triton_fits),
     Implementation("reference", reference.block_matmul),
@@ -125,11 +140,10 @@ def join_rows(
     Returns:
       The rows of both and None; or the two as they are, where no kernel gains or their blocks do not meet.
     """
-    blocks = all(isinstance(w, QuantArray) and w.format == "fp8_block128" for w in (first, second))
-    alike = [leaf.dtype for leaf in jax.tree.leaves(first)] == [
-        leaf.dtype for leaf in jax.tree.leaves(second)
-    ]
-    fit = blocks and alike and first.shape[0] % BLOCK == 0 and first.shape[1] == second.shape[1]
-    if target.vendor == "cpu" or not fit:
+    dtypes = [[leaf.dtype for leaf in jax.tree.leaves(weight)] for weight in (first, second)]
+    alike = jax.tree.structure(first) == jax.tree.structure(second) and dtypes[0] == dtypes[1]
+    if isinstance(first, QuantArray):
+        alike = alike and first.format == "fp8_block128" and first.shape[0] % BLOCK == 0
+    if target.vendor == "cpu" or not alike or first.shape[1] != second.shape[1]:
         return first, second
     return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), first, second), None

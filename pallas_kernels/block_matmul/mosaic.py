@@ -14,21 +14,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic import gpu as mgpu
-from jax.experimental.mosaic.gpu import utils as mgpu_utils
-from jax.experimental.mosaic.gpu.fragmented_array import WGMMA_LAYOUT, WGMMA_LAYOUT_ACC_32BIT
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, vector
 
+from pallas_kernels.block_matmul import wgmma
 from pallas_kernels.block_matmul.tiles import BLOCK
+from pallas_kernels.block_matmul.wgmma import HEIGHT, SWIZZLED
 from pallas_kernels.formats import QuantArray
 from pallas_kernels.target import Target
 
-HEIGHT = 64  # tokens of one tensor core product
 OUT_COLUMNS = 64  # of bfloat16: as wide as the swizzle, 128 bytes
 FEWEST_TOKENS = 512  # below, reading the weights is most of the work, and Triton's kernels do that as well
 SHARED_BYTES = 232448 - 1024  # what a program may have on Hopper, less room for barriers
@@ -40,7 +35,6 @@ STEP_COST = (
 # warpgroups that multiply. At first all have the same: 168 of 384 threads, 128 of 512.
 REGISTERS = {2: (40, 232), 3: (32, 160)}
 
-SWIZZLED = (plgpu.SwizzleTransform(128),)  # pyright: ignore[reportAbstractUsage]
 ROW = plgpu.Layout.WGMMA.reduce(1)  # one number a token, where a product has that token
 
 
@@ -164,86 +158,6 @@ class Plan(NamedTuple):
         return token, across * self.config.rows
 
 
-# --- the tensor core
-
-
-def _product(
-    x_ref: Any,
-    w_ref: Any,
-    slot: jax.Array,
-    token: jax.Array,
-    row: int,
-    spent: jax.Array,
-) -> jax.Array:
-    """[64, width] sums over the 128 columns of a stage, complete on return, in the registers of `spent`.
-
-    Mosaic's own `wgmma` adds to an accumulator, which has to be filled with zeros for every product. Here the
-    first of the four instructions ignores what the registers hold. Their addresses, made from the number of
-    the stage, stay out of reach of LLVM, which would keep each of them in registers all along. `spent` are
-    sums that have been promoted: without it the assembler starts a product before it has promoted the last
-    one, and has too few registers for both.
-    """
-    width = spent.shape[1]
-
-    def emit(
-        _, x: ir.Value, w: ir.Value, slot: Any, token: Any, spent: mgpu.FragmentedArray
-    ) -> mgpu.FragmentedArray:
-        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
-
-        def address(ref: ir.Value, row: ir.Value) -> ir.Value:
-            height = ir.MemRefType(ref.type).shape[1]
-            start = llvm.ptrtoint(i32, mgpu_utils.memref_ptr(ref))
-            at = arith.addi(arith.muli(slot.registers.item(), mgpu_utils.c(height, i32)), row)
-            return arith.addi(start, arith.muli(at, mgpu_utils.c(BLOCK, i32)))
-
-        spent = spent.to_layout(WGMMA_LAYOUT_ACC_32BIT)
-        registers = [vector.extract(each, [], [0]) for each in spent.registers.flat]
-        addresses = address(x, token.registers.item()), address(w, mgpu_utils.c(row, i32))
-        results = llvm.inline_asm(
-            llvm.StructType.get_literal([f32] * len(registers)),
-            [*registers, *addresses],
-            _product_ptx(width),
-            ",".join(["=f"] * len(registers) + [str(n) for n in range(len(registers))] + ["r", "r"]),
-            has_side_effects=True,
-        )
-        values = [llvm.extractvalue(f32, results, [n]) for n in range(len(registers))]
-        vectors = [vector.broadcast(ir.VectorType.get((1,), f32), value) for value in values]
-        return mgpu.FragmentedArray(
-            _registers=np.array(vectors, dtype=object).reshape(spent.registers.shape),
-            _layout=WGMMA_LAYOUT_ACC_32BIT,
-            _is_signed=None,
-        ).to_layout(WGMMA_LAYOUT)
-
-    inline: Any = plgpu.inline_mgpu(
-        arg_types=(*(plgpu.RefType(SWIZZLED),) * 2, *(plgpu.Layout.WG_SPLAT,) * 2, plgpu.Layout.WGMMA),
-        return_type=plgpu.ShapeDtypeStruct((HEIGHT, width), jnp.float32, layout=plgpu.Layout.WGMMA),
-    )
-    return inline(emit)(x_ref, w_ref, slot, token, spent)
-
-
-def _product_ptx(width: int) -> str:
-    """The product of 128 columns. Operands: the sums, in and out, and both operands' addresses."""
-    registers = width // 2
-    sums = ", ".join(f"${n}" for n in range(registers))
-    x, w = (f"${registers + n + registers}" for n in range(2))
-    # Upper half of a descriptor: 128-byte swizzle; 1024 bytes, in units of 16, from eight rows to the next.
-    upper = (1 << 30) | (1024 >> 4)
-    lines = [".reg .pred never;", ".reg .b32 low;", ".reg .b64 x, w;"]
-    for name, place in (("x", x), ("w", w)):
-        lines += [f"bfe.u32 low, {place}, 4, 14;", f"mov.b64 {name}, {{low, {upper}}};"]
-    # No address of shared memory is that high. The assembler does not know: it would see that the first of
-    # the instructions does not need the old sums and choose other registers.
-    lines.append(f"setp.gt.u32 never, {x}, 0x7fffffff;")
-    lines.append("wgmma.fence.sync.aligned;")
-    for step in range(BLOCK // 32):
-        if step:
-            lines += ["add.s64 x, x, 2;", "add.s64 w, w, 2;"]  # 32 bytes further
-        instruction = f"wgmma.mma_async.sync.aligned.m64n{width}k32.f32.e4m3.e4m3"
-        lines.append(f"{instruction} {{{sums}}}, x, w, {'1' if step else 'never'}, 1, 1;")
-    lines += ["wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligned 0;"]
-    return "{ " + "\n".join(lines) + " }"
-
-
 # --- scales
 
 
@@ -345,7 +259,7 @@ def _kernel(plan: Plan, x: Any, x_scale: Any, w: Any, w_scale: Any, out: Any, *s
                 sums = [list(each) for each in sums]
                 for wave, row in pieces:
                     token = group * share + wave * HEIGHT
-                    part = _product(x_tiles, w_tiles, slot, token, row, part)
+                    part = wgmma.product(x_tiles, w_tiles, slot, token, row, part)
                     if (wave, row) == pieces[-1]:
                         plgpu.barrier_arrive(free.at[slot])
                     for n in range(0, width, chunk):

@@ -1,19 +1,24 @@
 """FP4 expert weights laid out for the tensor cores: bytes in the order in which threads need them.
 
 A weight [N, K] becomes tiles of 128 x 128 values, each one contiguous block. Inside a tile, a thread's
-sixteen bytes are its share of the matrix instruction's operand, so that they go from memory to registers to
-the tensor core without a detour. Read in the checkpoint's order instead, the same kernel takes 2.5 times as
-long.
+bytes are its share of the matrix instruction's operand, so that they go from memory to registers to the
+tensor core without a detour. Read in the checkpoint's order instead, the same kernel takes 2.5 times as long.
 
-    codes        [E, N/128, K/128, 8192] uint8   [n16 8][k64 2][t 8][q 4][g 2][h 2][4 bytes]
-    multipliers  [E, N/128, K/128, 512]  uint8   [n16 8][k64 2][t 8][g 2][h 2]
+    tiles        [E, N/128, K/128, 8704] uint8   codes, then multipliers:
+                     codes               8192    [n16 8][s2 2][t 8][q 4][s1 2][h 2][4 bytes]
+                     multipliers          512    [n16 8][t 8][q 4][h 2]
     row_exponent [E, N]                  uint8   E8M0
 
-Four bytes are one little-endian word of eight values: row n16*16 + h*8 + t, columns
-k64*64 + g*32 + j*16 + q*4 + b for value i = 4*j + b. Its magnitude has bits 4*i to 4*i + 2 of the word; its
-sign bit 8*b + 7 for j = 0 and 8*b + 3 for j = 1. A group of 32 columns keeps its scale as a multiplier m: the
-scale is 2^(m - 11) times that of the row, the largest of its groups. E2M1 times 2^(m - 5) is exact in E4M3,
-for m from 0 to 11; a row whose scales spread further has no such form.
+Four bytes of codes are one little-endian word of eight values: row n16*16 + h*8 + t, columns
+q*32 + s*8 + j*4 + b for value i = 4*j + b, where s = 2*s2 + s1. Its magnitude has bits 4*i to 4*i + 2 of the
+word; its sign bit 8*b + 7 for j = 0 and 8*b + 3 for j = 1. A group of 32 columns keeps its scale as a
+multiplier m: the scale is 2^(m - 11) times that of the row, the largest of its groups. E2M1 times 2^(m - 5)
+is exact in E4M3, for m from 0 to 11; a row whose scales spread further has no such form.
+
+Instruction s of the four that multiply a tile takes columns 4q to 4q + 3 and 16 + 4q to 19 + 4q of its 32
+from thread q: a word. In the checkpoint's order these would be of group s for every thread, so each thread
+would need the scales of all four. Instead all columns of group q go to thread q, and activations stand in the
+same order: as a sum over columns may run in any order, they trade places on both sides (`tile_order`).
 """
 
 import dataclasses
@@ -25,12 +30,14 @@ from jaxtyping import Array, Bool
 from pallas_kernels.formats import QuantArray, pack_nibbles, unpack_nibbles
 
 TILE = 128
+CODES_BYTES = TILE * TILE // 2
+TILE_BYTES = CODES_BYTES + TILE * TILE // 32
 HIGHEST_MULTIPLIER = 11
 
-_SPLIT = (8, 2, 8, 2, 2, 2, 4, 4)  # n16 h t k64 g j q b of one 128 x 128 tile, as in a [N, K] matrix
-_STORED = (0, 3, 2, 6, 4, 1, 5, 7)  # to n16 k64 t q g h j b
-_SCALE_SPLIT = (8, 2, 8, 2, 2)  # n16 h t k64 g
-_SCALE_STORED = (0, 3, 2, 4, 1)  # to n16 k64 t g h
+_SPLIT = (8, 2, 8, 4, 2, 2, 2, 4)  # n16 h t q s2 s1 j b of one 128 x 128 tile, as in a [N, K] matrix
+_STORED = (0, 4, 2, 3, 5, 1, 6, 7)  # to n16 s2 t q s1 h j b
+_SCALE_SPLIT = (8, 2, 8, 4)  # n16 h t q
+_SCALE_STORED = (0, 2, 3, 1)  # to n16 t q h
 
 
 @jax.tree_util.register_dataclass
@@ -38,19 +45,24 @@ _SCALE_STORED = (0, 3, 2, 4, 1)  # to n16 k64 t g h
 class ExpertTiles:
     """A stack of FP4 weights in the layout above."""
 
-    codes: jax.Array
-    multipliers: jax.Array
+    tiles: jax.Array
     row_exponent: jax.Array
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """[E, N, K] of the numbers it stands for."""
-        experts, rows, columns = self.codes.shape[:3]
+        experts, rows, columns = self.tiles.shape[:3]
         return experts, rows * TILE, columns * TILE
 
     @property
     def ndim(self) -> int:
         return 3
+
+
+def tile_order(x: jax.Array) -> jax.Array:
+    """[..., K] with the columns of every 128 in the order of the tiles: 32q + 4n + b goes to 16n + 4q + b."""
+    parts = x.reshape(*x.shape[:-1], x.shape[-1] // TILE, 4, 8, 4)
+    return jnp.swapaxes(parts, -3, -2).reshape(x.shape)
 
 
 def tileable(weight: QuantArray) -> Bool[Array, ""]:
@@ -86,12 +98,10 @@ def _one_to_tiles(weight: QuantArray) -> ExpertTiles:
     exponent = _group_exponents(weight)
     row_exponent = exponent.max(-1)
     multiplier = (exponent + (HIGHEST_MULTIPLIER - row_exponent)[:, None]).astype(jnp.uint8)
-    codes = _tile(unpack_nibbles(weight.values), TILE, _SPLIT, _STORED).reshape(-1, 8)
-    return ExpertTiles(
-        _words(codes).reshape(*outer, -1),
-        _tile(multiplier, TILE // 32, _SCALE_SPLIT, _SCALE_STORED).reshape(*outer, -1),
-        row_exponent,
-    )
+    codes = _words(_tile(unpack_nibbles(weight.values), TILE, _SPLIT, _STORED).reshape(-1, 8))
+    multipliers = _tile(multiplier, TILE // 32, _SCALE_SPLIT, _SCALE_STORED)
+    tiles = jnp.concatenate([codes.reshape(*outer, -1), multipliers.reshape(*outer, -1)], axis=-1)
+    return ExpertTiles(tiles, row_exponent)
 
 
 def _tile(matrix: jax.Array, columns: int, split: tuple[int, ...], order: tuple[int, ...]) -> jax.Array:
@@ -116,11 +126,12 @@ def from_tiles(tiles: ExpertTiles) -> QuantArray:
 
 
 def _one_from_tiles(tiles: ExpertTiles) -> QuantArray:
-    bytes_ = tiles.codes.reshape(-1, 4)
+    outer = tiles.tiles.shape[:2]
+    bytes_ = tiles.tiles[..., :CODES_BYTES].reshape(-1, 4)
     magnitude = unpack_nibbles(bytes_ & 0x77)
     sign = jnp.concatenate([bytes_ >> 7, (bytes_ >> 3) & 1], axis=-1)
-    codes = _untile(magnitude | (sign << 3), tiles.codes.shape[:2], TILE, _SPLIT, _STORED)
-    multiplier = _untile(tiles.multipliers, tiles.codes.shape[:2], TILE // 32, _SCALE_SPLIT, _SCALE_STORED)
+    codes = _untile(magnitude | (sign << 3), outer, TILE, _SPLIT, _STORED)
+    multiplier = _untile(tiles.tiles[..., CODES_BYTES:], outer, TILE // 32, _SCALE_SPLIT, _SCALE_STORED)
     exponent = (multiplier + tiles.row_exponent[:, None] - HIGHEST_MULTIPLIER).astype(jnp.uint8)
     return QuantArray(pack_nibbles(codes), exponent, "fp4_group32")
 

@@ -15,7 +15,8 @@ import triton.language as tl
 from pallas_kernels.activation_quant import activation_quant
 from pallas_kernels.expert_mlp.plan import Plan, plan
 from pallas_kernels.expert_mlp.rows import ExpertRows
-from pallas_kernels.expert_mlp.tiles import ExpertTiles
+from pallas_kernels.expert_mlp.quant import tile_quant
+from pallas_kernels.expert_mlp.tiles import ExpertTiles, tile_order
 from pallas_kernels.expert_mlp.tilings import Operands, Tiling, Tilings, tilings_for
 from pallas_kernels.formats import e8m0_decode, fake_quantize
 from pallas_kernels.target import current_target
@@ -56,32 +57,38 @@ def _e4m3_by_table(words, shares, shift):
 
 @triton.jit
 def _bfloat16_by_table(words, shares, shift):
-    """As `_e4m3_by_table`, in pairs of bfloat16: upper and lower bytes by table, times the power of two."""
+    """As `_e4m3_by_table`, in pairs of bfloat16: values 0-1, 2-3, 4-5 and 6-7.
+
+    The table has sixteen bytes: the lower and the upper ones of the eight magnitudes times 2^(multiplier - 5),
+    for which one more in the multiplier is 0x80 more. Words of one row share it: the assembler makes it once.
+    """
     return tl.inline_asm_elementwise(
         """
         {
-        .reg .b32 share, power, which, upper, lower, sign, zero;
-        mov.b32 zero, 0x80008000;
+        .reg .b32 share, e01, e23, e45, e67, lower03, lower47, upper03, upper47, which, upper, lower, sign;
         shr.u32 share, $5, $6;
         and.b32 share, share, 0xFF;
-        mad.lo.u32 power, share, 0x00800080, 0x3D003D00;
+        mad.lo.u32 e01, share, 0x00800000, 0x3C800000;
+        mad.lo.u32 e23, share, 0x00800080, 0x3D403D00;
+        mad.lo.u32 e45, share, 0x00800080, 0x3DC03D80;
+        mad.lo.u32 e67, share, 0x00800080, 0x3E403E00;
+        prmt.b32 lower03, e01, e23, 0x6420;
+        prmt.b32 lower47, e45, e67, 0x6420;
+        prmt.b32 upper03, e01, e23, 0x7531;
+        prmt.b32 upper47, e45, e67, 0x7531;
         and.b32 which, $4, 0x77777777;
-        prmt.b32 upper, 0x3F3F3F00, 0x40404040, which;
-        prmt.b32 lower, 0xC0800000, 0xC0804000, which;
+        prmt.b32 lower, lower03, lower47, which;
+        prmt.b32 upper, upper03, upper47, which;
         lop3.b32 upper, upper, $4, 0x80808080, 0xF8;
         prmt.b32 $0, lower, upper, 0x5140;
         prmt.b32 $1, lower, upper, 0x7362;
-        fma.rn.bf16x2 $0, $0, power, zero;
-        fma.rn.bf16x2 $1, $1, power, zero;
         shr.u32 which, which, 16;
-        prmt.b32 upper, 0x3F3F3F00, 0x40404040, which;
-        prmt.b32 lower, 0xC0800000, 0xC0804000, which;
+        prmt.b32 lower, lower03, lower47, which;
+        prmt.b32 upper, upper03, upper47, which;
         shl.b32 sign, $4, 4;
         lop3.b32 upper, upper, sign, 0x80808080, 0xF8;
         prmt.b32 $2, lower, upper, 0x5140;
         prmt.b32 $3, lower, upper, 0x7362;
-        fma.rn.bf16x2 $2, $2, power, zero;
-        fma.rn.bf16x2 $3, $3, power, zero;
         }
         """,
         "=&r,=&r,=&r,=&r,r,r,r",
@@ -109,43 +116,55 @@ def _pairs(word):
 
 @triton.jit
 def _by_arithmetic(words, multipliers, BN: tl.constexpr):
-    """What the tables give, on any chip: float32 [n16 k64 t q g h j pair b]."""
+    """What the tables give, on any chip: float32 [n16 t q s1 h j pair b]."""
     # Value i has its magnitude in bits 4i to 4i + 2; its sign in bit 8b + 7 for i = b, 8b + 3 for i = 4 + b.
     value = tl.arange(0, 8)
-    words = words[:, :, :, :, :, :, None]
+    words = words[:, :, :, :, :, None]
     magnitude = (words >> (4 * value)) & 7
     sign = (words >> (8 * (value % 4) + 7 - value // 4 * 4)) & 1
     exponent, mantissa = magnitude >> 1, magnitude & 1
     twice = tl.where(exponent == 0, mantissa, ((2 + mantissa) << exponent) >> 1).to(tl.float32)
     power = ((multipliers + (127 - 6)) << 23).to(tl.float32, bitcast=True)
-    values = tl.where(sign == 1, -twice, twice) * power[:, :, :, :, :, :, None]
-    return tl.reshape(values, (BN // 16, 2, 8, 4, 2, 2, 2, 2, 2))
+    values = tl.where(sign == 1, -twice, twice) * power[:, :, :, :, :, None]
+    return tl.reshape(values, (BN // 16, 8, 4, 2, 2, 2, 2, 2))
 
 
 @triton.jit
-def _fp4_operand(words, shares, BN: tl.constexpr, VENDOR: tl.constexpr, FP8: tl.constexpr):
-    """A [BN, 128] operand, still to be scaled by row, from the words of its tile.
-
-    In bfloat16 its columns stand as in `interleave_pairs`.
-    """
-    words = tl.reshape(words, (BN // 16, 2, 8, 4, 2, 2))  # n16 k64 t q g h
-    shares = tl.broadcast_to(tl.reshape(shares, (BN // 16, 2, 8, 1, 1, 1)), (BN // 16, 2, 8, 4, 2, 2))
-    shift = 16 * tl.arange(0, 2)[:, None] + 8 * tl.arange(0, 2)[None, :]  # to the byte of g and h
-    shift = tl.broadcast_to(tl.reshape(shift, (1, 1, 1, 1, 2, 2)), (BN // 16, 2, 8, 4, 2, 2))
+def _values(words, shares, shift, BN: tl.constexpr, VENDOR: tl.constexpr, FP8: tl.constexpr):
+    """[n16 t q s1 h j pair b] of half of a tile's words: E4M3 as bytes from a table, or what can become it."""
+    words = tl.reshape(words, (BN // 16, 8, 4, 2, 2))  # n16 t q s1 h
     if VENDOR == "cuda":
         if FP8:
             first, second = _e4m3_by_table(words, shares, shift)
-            values = _bytes(tl.join(first, second))  # n16 k64 t q g h j pair b
+            values = _bytes(tl.join(first, second))
         else:
             low0, high0, low1, high1 = _bfloat16_by_table(words, shares, shift)
-            values = _pairs(tl.join(tl.join(low0, low1), tl.join(high0, high1)))  # ... j pair b
+            values = _pairs(tl.join(tl.join(low0, low1), tl.join(high0, high1)))
     else:
         values = _by_arithmetic(words, (shares >> shift) & 0xFF, BN)
+    return values
+
+
+@triton.jit
+def _fp4_operand(first, second, shares, BN: tl.constexpr, VENDOR: tl.constexpr, FP8: tl.constexpr):
+    """A [BN, 128] operand, still to be scaled by row, from the words of both halves of a tile's columns.
+
+    Its columns stand as in `tile_order`, in bfloat16 as in `pairs_in_tile_order`.
+    """
+    shares = tl.reshape(shares, (BN // 16, 8, 2, 1, 1, 1))  # a byte for two q, and for each h
+    shares = tl.broadcast_to(shares, (BN // 16, 8, 2, 2, 2, 2))
+    shares = tl.reshape(shares, (BN // 16, 8, 4, 2, 2))
+    shift = tl.reshape(16 * (tl.arange(0, 4) % 2), (1, 1, 4, 1, 1))
+    shift += tl.reshape(8 * tl.arange(0, 2), (1, 1, 1, 1, 2))
+    shift = tl.broadcast_to(shift, (BN // 16, 8, 4, 2, 2))
+    values = tl.join(
+        _values(first, shares, shift, BN, VENDOR, FP8), _values(second, shares, shift, BN, VENDOR, FP8)
+    )  # n16 t q s1 h j pair b s2
     if FP8:
-        values = tl.permute(values, (0, 5, 2, 1, 4, 6, 3, 7, 8))  # n16 h t  k64 g j q pair b
+        values = tl.permute(values, (0, 4, 1, 8, 3, 5, 2, 6, 7))  # n16 h t  s2 s1 j q pair b
         operand = tl.reshape(values, (BN, 128)).to(tl.float8e4nv, bitcast=VENDOR == "cuda")
     else:
-        values = tl.permute(values, (0, 5, 2, 1, 4, 6, 7, 3, 8))  # n16 h t  k64 g j pair q b
+        values = tl.permute(values, (0, 4, 1, 8, 3, 5, 6, 2, 7))  # n16 h t  s2 s1 j pair q b
         operand = tl.reshape(values, (BN, 128)).to(tl.bfloat16)
     return operand
 
@@ -166,9 +185,8 @@ def _number(scale):
 
 @triton.jit
 def _product(
-    values,  # FP4: codes of tiles; FP8: [E, N, K] e4m3
-    scale,  # FP4: multipliers of tiles; FP8: [E, N/8, K/128]
-    row_exponent,  # FP4 only: [E, N] uint8
+    values,  # FP4: tiles; FP8: [E, N, K] e4m3
+    scale,  # FP4: [E, N] uint8, the exponents of rows; FP8: [E, N/8, K/128]
     x,  # [?, K] e4m3, or bfloat16 without scales
     x_scale,  # [?, K/128] uint8, or [K/128, STRIDE] float32 of rows in sorted order
     expert,
@@ -188,18 +206,19 @@ def _product(
 ):
     """[BN, BT] float32: BN rows of an expert's weight, from row block * BN, times the `rows` of x."""
     KT: tl.constexpr = K // 128
+    WORDS: tl.constexpr = 2176  # of a tile: 2048 of codes, 128 of multipliers
     first = expert.to(tl.int64) * N + block * BN
     x_at = x + rows.to(tl.int64)[:, None] * K + tl.arange(0, 128)[None, :]
     # Neighbours in memory need one pointer a thread; a pointer for each row costs half the registers.
     x_scale_at = x_scale + start + tl.arange(0, BT) if SORTED else x_scale + rows.to(tl.int64) * KT
     if FP4:
         # Whole tiles of 128 rows, or the first or second part of one.
-        word, share = tl.arange(0, BN * 16), tl.arange(0, BN)  # four multipliers each
+        word, share = tl.arange(0, BN * 8), tl.arange(0, BN)  # half of the columns; four multipliers each
         tile, inside = first // 128 * KT, first % 128
-        word_at = values.to(tl.pointer_type(tl.int32)) + (tile * 2048 + inside * 16)
-        word_at += word // 2048 * (KT * 2048) + word % 2048
-        share_at = scale.to(tl.pointer_type(tl.int32)) + (tile * 128 + inside)
-        share_at += share // 128 * (KT * 128) + share % 128
+        word_at = values.to(tl.pointer_type(tl.int32)) + (tile * WORDS + inside * 16)
+        word_at += word // 1024 * (KT * WORDS) + word % 1024 // 128 * 256 + word % 128
+        share_at = values.to(tl.pointer_type(tl.int32)) + (tile * WORDS + 2048 + inside)
+        share_at += share // 128 * (KT * WORDS) + share % 128
     else:
         value_at = values + (first + tl.arange(0, BN))[:, None] * K + tl.arange(0, 128)[None, :]
         scale_at = scale + (first // 8 + tl.arange(0, BN) // 8) * KT
@@ -210,8 +229,9 @@ def _product(
     for k in range(KT):
         # Weights first: their loads need not wait for the list of rows to arrive.
         if FP4:
-            words, shares = tl.load(word_at + k * 2048), tl.load(share_at + k * 128)
-            weights = _fp4_operand(words, shares, BN, VENDOR, FP8)
+            words, shares = tl.load(word_at + k * WORDS), tl.load(share_at + k * WORDS)
+            more = tl.load(word_at + k * WORDS + 128)
+            weights = _fp4_operand(words, more, shares, BN, VENDOR, FP8)
         else:
             weights = tl.load(value_at + k * 128)
             if not FP8:
@@ -232,7 +252,7 @@ def _product(
         total += part
     if FP4:
         # The row's scale is that of its largest group, which has multiplier 11: 2^(11 - 5) too much.
-        total *= (_power_of_two(tl.load(row_exponent + first + tl.arange(0, BN))) * 0.015625)[:, None]
+        total *= (_power_of_two(tl.load(scale + first + tl.arange(0, BN))) * 0.015625)[:, None]
     return total
 
 
@@ -240,7 +260,6 @@ def _product(
 def _gate_up(
     values,  # of gate and up, rows interleaved eight by eight: N of them an expert
     scale,
-    row_exponent,
     x,
     x_scale,
     weight,  # [R] float32, routing weight of each (token, choice), or [R + BT] of each row in sorted order
@@ -274,7 +293,6 @@ def _gate_up(
     total = _product(
         values,
         scale,
-        row_exponent,
         x,
         x_scale,
         expert,
@@ -311,7 +329,6 @@ def _gate_up(
 def _down(
     values,
     scale,
-    row_exponent,
     x,  # [R, K] in sorted order
     x_scale,
     order,
@@ -341,7 +358,6 @@ def _down(
     total = _product(
         values,
         scale,
-        row_exponent,
         x,
         x_scale,
         expert,
@@ -442,11 +458,14 @@ def _launch(
     _, rows, columns = weight.shape
     fp8 = operands(weight, activation).endswith("x fp8")
     fp4 = isinstance(weight, ExpertTiles)
-    arrays = (weight.codes, weight.multipliers, weight.row_exponent) if fp4 else (weight.values, weight.scale)
+    arrays = (weight.tiles, weight.row_exponent) if fp4 else (weight.values, weight.scale)
     in_order = _in_order(weight, activation, tile_rows)
     if fp8:
-        quantised = activation_quant(x)
-        x, x_scale = quantised.values, quantised.scale
+        if fp4:
+            x, x_scale = tile_quant(x)
+        else:
+            quantised = activation_quant(x)
+            x, x_scale = quantised.values, quantised.scale
         if in_order:
             choices = constants.get("CHOICES")
             x_scale = _by_block(x_scale if choices is None else x_scale[planned.order // choices], tile_rows)
@@ -455,9 +474,7 @@ def _launch(
         if activation is not None:
             x = fake_quantize(x, activation)  # bfloat16 holds these numbers too
         if fp4:
-            x = interleave_pairs(x)
-    if not fp4:
-        arrays = (*arrays, weight.scale)  # in place of row exponents
+            x = pairs_in_tile_order(x)
     return triton_call(
         kernel,
         *arrays,
@@ -493,11 +510,12 @@ def _by_block(scale: jax.Array, tile_rows: int) -> jax.Array:
     return jnp.pad(e8m0_decode(scale).T, ((0, 0), (0, tile_rows)))
 
 
-def interleave_pairs(x: jax.Array) -> jax.Array:
-    """Columns 4q + 2p + b of every sixteen at 8p + 2q + b: where bfloat16 matrix instructions want them.
+def pairs_in_tile_order(x: jax.Array) -> jax.Array:
+    """`tile_order` for bfloat16 instructions, where 4q + 2p + b of every sixteen columns goes to 8p + 2q + b.
 
     A word of a tile holds four neighbouring columns. An instruction takes two of them from a thread, and two
-    eight further on; as a sum over columns may run in any order, they trade places on both sides.
+    eight further on.
     """
+    x = tile_order(x)
     parts = x.reshape(*x.shape[:-1], x.shape[-1] // 16, 4, 2, 2)
     return jnp.swapaxes(parts, -3, -2).reshape(x.shape)

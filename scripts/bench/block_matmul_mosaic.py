@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Times the Mosaic GPU kernel of FP8 products at many tokens: the tiles it chooses, or others as well.
+"""Times the Mosaic GPU kernels of FP8 products: the tiles they choose, or others as well.
 
 Cases, weights and timing are those of block_matmul.py. Every configuration is checked against the reference
 before and after it is timed, row by row: one bad piece of a large result would hide in the error of all.
@@ -7,10 +7,12 @@ before and after it is timed, row by row: one bad piece of a large result would 
   python scripts/bench/block_matmul_mosaic.py --results scripts/bench/results/h200.json
   python scripts/bench/block_matmul_mosaic.py --sweep
   python scripts/bench/block_matmul_mosaic.py --shapes wo_b --tokens 8192 --configs "256 128 4 2 8 2"
+  python scripts/bench/block_matmul_mosaic.py --few --sweep       the kernel of few tokens
 """
 
 import argparse
 import functools
+import itertools
 import math
 import os
 import sys
@@ -27,31 +29,48 @@ sys.path.insert(0, str(Path(__file__).parent))
 from block_matmul import COLD_BYTES, MODELS, MOST_ERROR, SHAPES, Case, program, random_arrays
 from harness import facts, median_us, save
 
-from pallas_kernels.block_matmul import mosaic, reference
-from pallas_kernels.block_matmul.mosaic import Config, Shape, config_for
+from pallas_kernels.block_matmul import mosaic, mosaic_few, reference
+from pallas_kernels.block_matmul.mosaic import Config
+from pallas_kernels.block_matmul.mosaic_few import Config as FewConfig
 
 # wo_a, whose groups are products of their own, takes bfloat16.
 MODEL_SHAPES = {model: [name for name in names if SHAPES[name][2] == 1] for model, names in MODELS.items()}
 WIDE = 1024  # tokens, from where on the larger tiles are worth a try
 
 
-def parse(text: str) -> Config:
+# How a product of few tokens may be cut: rows of a program, parts of K, programs that share tokens, and
+# programs that share a multiprocessor.
+CUTS = [
+    *((256, 1, 1, 1), (256, 1, 2, 1), (128, 1, 1, 2), (128, 1, 1, 1), (128, 1, 2, 1), (64, 1, 1, 4)),
+    *((128, 4, 1, 1), (128, 4, 2, 1), (128, 8, 1, 2), (128, 8, 1, 1), (256, 8, 1, 1), (256, 2, 1, 1)),
+    *((64, 2, 1, 1), (64, 4, 1, 1), (64, 4, 1, 2), (64, 8, 1, 2), (128, 2, 1, 1), (128, 2, 2, 1)),
+]
+
+
+def parse(text: str, few: bool) -> Config | FewConfig:
     """The Config of "256 128 4 2 8 2"; what is missing at the end keeps its default."""
-    numbers = [int(number) for number in text.split()]
-    return Config(*numbers)
+    kind: Any = FewConfig if few else Config
+    return kind(*(int(number) for number in text.split()))
 
 
-def shown(config: Config) -> str:
-    return " ".join(str(field) for field in config)
+def shown(config: Config | FewConfig) -> str:
+    kind = "few " if isinstance(config, FewConfig) else ""
+    return kind + " ".join(str(int(field)) for field in config)
 
 
-def configs(case: Case, listed: str | None, sweep: bool) -> list[Config]:
-    """Those to measure, the kernel's own choice first."""
-    if listed:
-        return [parse(each) for each in listed.split(",")]
+def shape_of(case: Case) -> mosaic.Shape:
     rows, columns, _ = SHAPES[case.name]
-    chosen = config_for(Shape(case.tokens, rows, columns))
-    if not sweep:
+    return mosaic.Shape(case.tokens, rows, columns)
+
+
+def configs(case: Case, arguments: argparse.Namespace) -> list[Config | FewConfig]:
+    """Those to measure, the kernel's own choice first."""
+    if arguments.configs:
+        return [parse(each, arguments.few) for each in arguments.configs.split(",")]
+    if arguments.few:
+        return few_configs(case, arguments.sweep)
+    chosen = mosaic.config_for(shape_of(case))
+    if not arguments.sweep:
         return [chosen]
     others = [
         Config(128, 128, stages=6),
@@ -62,6 +81,31 @@ def configs(case: Case, listed: str | None, sweep: bool) -> list[Config]:
     if case.tokens < WIDE:
         others = [Config(128, 64, stages=8), *others]
     return list(dict.fromkeys([chosen, *others]))
+
+
+def few_configs(case: Case, sweep: bool) -> list[Config | FewConfig]:
+    """Those of the kernel of few tokens that keep all multiprocessors busy, and the other kernel's choice."""
+    shape = mosaic_few.Shape(*shape_of(case))
+    chosen = mosaic_few.config_for(shape)
+    if not sweep:
+        return [chosen]
+    found: list[Config | FewConfig] = [chosen, chosen._replace(early=True)]
+    if case.tokens >= 128:
+        found.append(mosaic.config_for(shape_of(case)))
+    tokens, blocks = chosen.tokens, shape.columns // 128
+    for (rows, splits, sharers, resident), beside in itertools.product(CUTS, (1, 2)):
+        programs = -(-shape.rows // rows) * -(-shape.tokens // tokens) * splits
+        at_once = resident * mosaic_few.MULTIPROCESSORS
+        right_size = 90 <= programs <= (at_once if tokens < 64 or splits > 1 else 4 * at_once)
+        # Two programs need registers for both; few tokens are not worth sharing, many make a high tile pay.
+        right_kind = resident == 1 if tokens >= 64 else beside == 1 and (sharers == 1 or tokens >= 32)
+        right_height = rows >= 128 if tokens == 128 else True
+        if not (right_size and right_kind and right_height and blocks % splits == 0 and rows * beside <= 256):
+            continue
+        config = mosaic_few.deepest(FewConfig(tokens, rows, splits, sharers, beside=beside), shape, resident)
+        if config.stages >= min(2, blocks // splits):
+            found.append(config)
+    return list(dict.fromkeys(found))
 
 
 @jax.jit
@@ -92,11 +136,12 @@ class Bench:
         """As many as take some 3 ms."""
         return max(1, round(3000 / (1.5 * case.floor_us * len(self.weights))))
 
-    def prepare(self, case: Case, config: Config) -> tuple[Any, float]:
+    def prepare(self, case: Case, config: Config | FewConfig) -> tuple[Any, float]:
         """The compiled program and its error; runs it once, since PTX is assembled on the first run."""
+        module: Any = mosaic_few if isinstance(config, FewConfig) else mosaic
         x, run = (
             self.inputs(case),
-            functools.partial(mosaic.block_matmul, out_dtype=jnp.bfloat16, config=config),
+            functools.partial(module.block_matmul, out_dtype=jnp.bfloat16, config=config),
         )
         compiled = program(run, self.rounds(case)).lower(x, self.weights).compile()
         return compiled, float(worst_error(compiled(x, self.weights)[0], self.expected))
@@ -109,7 +154,7 @@ class Bench:
         return us, float(worst_error(compiled(x, self.weights)[0], self.expected))
 
 
-def print_row(case: Case, config: Config, us: float, error: float) -> None:
+def print_row(case: Case, config: Config | FewConfig, us: float, error: float) -> None:
     # Faster than the floor by more than its own uncertainty means that something was not run, or not read.
     doubt = "  NOT BELIEVED" if us < 0.85 * case.floor_us or not error < MOST_ERROR else ""
     share = f"{case.floor_us / us:4.0%} of {case.floor_us:.1f}"
@@ -121,14 +166,12 @@ def measure(arguments: argparse.Namespace, started: float) -> None:
     for name in arguments.shapes or MODEL_SHAPES[arguments.model]:
         cases = [Case(name, tokens) for tokens in sorted(arguments.tokens, reverse=True)]
         bench = Bench(name, max(arguments.tokens))
-        jobs = [
-            (case, config) for case in cases for config in configs(case, arguments.configs, arguments.sweep)
-        ]
+        jobs = [(case, config) for case in cases for config in configs(case, arguments)]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             futures = [pool.submit(bench.prepare, *job) for job in jobs]
         print(f"# {name}: {len(jobs)} programs ready at {time.perf_counter() - started:.0f} s", flush=True)
 
-        best: dict[Case, tuple[float, Config, float]] = {}
+        best: dict[Case, tuple[float, Config | FewConfig, float]] = {}
         for (case, config), future in zip(jobs, futures, strict=True):
             try:
                 compiled, first = future.result()
@@ -145,7 +188,7 @@ def measure(arguments: argparse.Namespace, started: float) -> None:
             more = {"floor_us": round(case.floor_us, 1), "rel_err": error, "config": list(config)}
             if arguments.results:
                 save([row | more | facts()], arguments.results)
-            print(f"# best {case.id}: {shown(config)} {us:.2f} us", flush=True)
+            print(f"# best {case.id}: {config} {us:.2f} us", flush=True)
         if time.perf_counter() - started > arguments.seconds:
             print(f"# stopped after {name}: out of time", flush=True)
             break
@@ -162,13 +205,15 @@ def main() -> int:
         choices=[name for names in MODEL_SHAPES.values() for name in names],
         help="in place of --model",
     )
-    parser.add_argument("--tokens", type=int, nargs="*", default=[512, 2048, 8192])
+    parser.add_argument("--few", action="store_true", help="the kernel of few tokens")
+    parser.add_argument("--tokens", type=int, nargs="*", help="512 2048 8192, or with --few 8 32 128 512")
     parser.add_argument("--sweep", action="store_true", help="measure what might be faster, too")
     parser.add_argument("--configs", help='these alone, fields of Config: "256 128 4 2 8 2,128 128 6"')
     parser.add_argument("--seconds", type=float, default=1e9, help="start no new shape after so long")
     parser.add_argument("--ptxas", action="store_true", help="let the assembler print registers and spills")
     parser.add_argument("--results", type=Path, help="JSON file to add rows to")
     arguments = parser.parse_args()
+    arguments.tokens = arguments.tokens or ([8, 32, 128, 512] if arguments.few else [512, 2048, 8192])
     started = time.perf_counter()
     if arguments.ptxas:
         os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from harness import facts, median_us, save
+from harness import facts, median_us, save, timed
 from profile_kernels import kernel_times, print_kernel_times
 
 from dsv4_jax.config import FLASH, PRO
@@ -42,7 +42,7 @@ LIMIT = 10.0
 COPY_BYTES_PER_S = 4.3e12  # what a plain copy reaches on an H200
 FP8_FLOP_PER_S = 1.48e15
 MOST_ERROR = 3e-3  # relative: rounding to bfloat16 alone makes 1.7e-3
-PROGRAM_US = 20_000  # how long one program of a measurement runs, so that starting it does not count
+PROGRAM_US = 8_000  # how long one program of a measurement runs
 
 # By the most tokens they are for: tokens in a tile and the tiling, tried for both products.
 CANDIDATES = {
@@ -240,21 +240,24 @@ class Case:
         return functools.partial(compiled, inputs, self.bench.weights)
 
     def time_us(self, prepared) -> float:
-        return median_us(prepared, repeats=5, inner=4) / self.calls
+        return median_us(prepared) / self.calls
 
     def measure(self, sizes) -> dict[str, float]:
         """Times with and without the plan, once the result is checked.
 
-        `us_kernels` adds the kernels' own times up, of one short run: without launches, and before a chip
-        slows down under sustained load.
+        `us_kernels` adds the kernels' own times up, without launches.
         """
         error = self.error(sizes)
         prepared = self.prepare(self.mlp(sizes), self.planned(sizes.tile_rows))
         kernels_us = sum(us for _, us in kernel_times(prepared, self.calls).values())
-        us = self.time_us(prepared)
+        times = timed(prepared, self.calls)
         with_plan = self.time_us(self.prepare(self.mlp_with_plan(sizes), self.inputs))
-        times = {"us": us, "us_kernels": kernels_us, "us_with_routing": with_plan}
-        return {"rel_err": error} | {name: round(us, 1) for name, us in times.items()}
+        return {
+            "rel_err": error,
+            **times,
+            "us_kernels": round(kernels_us, 1),
+            "us_with_routing": round(with_plan, 1),
+        }
 
 
 def sweep(case: Case, deadline: float) -> Tilings | None:
@@ -375,7 +378,8 @@ def main() -> int:
         row = case.measure(sizes)
         print(
             f"{bench.label} T={tokens} {bench.name}: {row['us']:.1f} us, floor {case.floor:.1f}"
-            f" ({case.floor / row['us']:.0%}), error {row['rel_err']:.1e},"
+            f" ({case.floor / row['us']:.0%}), sustained {row['us_sustained']:.1f},"
+            f" error {row['rel_err']:.1e},"
             f" kernels alone {row['us_kernels']:.1f} us, with routing {row['us_with_routing']:.1f} us",
             flush=True,
         )

@@ -25,6 +25,27 @@ def median_us(run: Callable[[], Any], repeats: int = 5, inner: int = 1) -> float
     return statistics.median(times) * 1e6
 
 
+def timed(run: Callable[[], Any], calls: int, sustained_ms: float = 300) -> dict[str, float]:
+    """Microseconds of one of the `calls` in `run`: alone, and under load that lasts.
+
+    `us` is the median of five runs, each waited for, as other projects time replays of a CUDA graph; starting
+    the program is taken off. `us_sustained` is of runs back to back for `sustained_ms`: a chip that draws all
+    its power lowers its clocks within some tens of milliseconds.
+    """
+    jax.block_until_ready(run())
+    time.sleep(0.05)
+    alone = median_us(run) - median_us(lambda: _next(0))
+    inner = max(1, round(sustained_ms * 1e3 / alone / 4))
+    times = {"us": alone, "us_sustained": median_us(run, repeats=3, inner=inner)}
+    return {name: round(us / calls, 2) for name, us in times.items()}
+
+
+@jax.jit
+def _next(number: jax.Array) -> jax.Array:
+    """Next to nothing: what it takes is starting a program, and hearing of its end."""
+    return number + 1
+
+
 def facts() -> dict[str, str]:
     """Device, driver, jax, commit and date; the commit may come from $DSV4_COMMIT where there is no git."""
     device = jax.devices()[0]

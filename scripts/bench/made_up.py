@@ -1,7 +1,8 @@
-"""Parameters with made-up numbers, made on the device: for measuring models that no file holds."""
+"""Parameters and caches with made-up numbers, made on the device: for measuring models that no file holds."""
 
 import functools
 import zlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,17 +15,39 @@ from pallas_kernels import QuantArray, current_target
 from pallas_kernels.formats import E8M0_BIAS
 
 
-def made_up_params(config: Config, seed: int = 0) -> Params:
-    """Parameters of the main model that keep activations in range: linears ~ N(0, 1 / columns).
+def made_up_params(config: Config, seed: int = 0, *, mtp: bool = False) -> tuple[Params, Params | None]:
+    """Parameters of the model, and of its MTP head; None unless `mtp`.
 
-    Experts lie as `checkpoint.load` lays them out for this device.
+    They keep activations in range: linears ~ N(0, 1 / columns). Experts lie as `checkpoint.load` lays them
+    out for this device.
     """
     key = jax.random.key(seed, impl="rbg")  # threefry would take minutes for a hundred gigabytes
     leaves = {}
-    for parameter in parameters(config, mtp=False):
+    for parameter in parameters(config, mtp=mtp):
         leaves[parameter.path] = _numbers(parameter, config, key)
         lay_out(leaves, parameter.path, current_target())
-    return nest(leaves)
+    params = nest(leaves)
+    heads = params.pop("mtp", None)
+    return params, heads and heads[0]
+
+
+def made_up_like(shapes: Any, seed: int = 0) -> Any:
+    """Arrays of these shapes ~ N(0, 1), one after another, so that no more than one is there twice.
+
+    Raises:
+      TypeError: one of them is not of floating-point numbers; which codes are sound depends on the format.
+    """
+    key = jax.random.key(seed, impl="rbg")
+
+    def of_leaf(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise TypeError(
+                f"{jax.tree_util.keystr(path)} is of {leaf.dtype}: no number can be made up for it"
+            )
+        name = zlib.crc32(jax.tree_util.keystr(path).encode())
+        return _normal(jax.random.fold_in(key, name), leaf.shape, leaf.dtype, 1.0)
+
+    return jax.tree_util.tree_map_with_path(of_leaf, shapes)
 
 
 def _numbers(parameter: Parameter, config: Config, key: jax.Array) -> jax.Array | QuantArray:
@@ -58,4 +81,5 @@ def _values(key, shape, dtype):
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _normal(key, shape, dtype, spread):
-    return (spread * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+    drawn = jnp.bfloat16 if dtype == jnp.bfloat16 else jnp.float32  # half the bits for what may be large
+    return (spread * jax.random.normal(key, shape, drawn)).astype(dtype)

@@ -24,13 +24,17 @@ GROUPS = {
     "FP8 products": ("fp8 ",),
     "Small ops": (),
     "Attention and indexer": ("sparse attention ", "indexer ", "top-k "),
-    "Whole model": ("model ", "flash "),
+    "One layer": ("layer ",),
+    "Whole model": ("flash ", "pro "),
+    "Start": ("start ",),
 }
 
 INTRODUCTION = """# Benchmarks
 
 Written by `scripts/bench/render.py` from `scripts/bench/results/*.json` and `scripts/bench/targets.json`; do
-not edit. Times are microseconds of one call; those of kernels are of many calls in one program, caches cold.
+not edit. Times are microseconds of one call; those of kernels are of many calls in one program, caches cold,
+those of layers and models of programs that are started without waiting (`decode.py`, which also says how all
+layers follow from the few that fit).
 The *floor* is the longer of moving every byte once and doing the arithmetic at the chip's rate. *Peers* are
 other projects' kernels, measured by us at the same shape on the same kind of machine unless they are called
 published. *Ours* is the fastest implementation that has a row. The *error* is relative to the definition in

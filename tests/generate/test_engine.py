@@ -1,6 +1,7 @@
 """Requests that come and go: each gets what it gets alone, and nothing compiles while they do."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -8,13 +9,14 @@ import numpy as np
 import pytest
 
 from dsv4_jax import engine as engine_module
-from dsv4_jax.checkpoint.load import LoadedModel
+from dsv4_jax.checkpoint.load import LoadedModel, load
 from dsv4_jax.compiles import count_compiles
 from dsv4_jax.engine import Engine
 from dsv4_jax.errors import MemoryPlanError, RequestError
 from dsv4_jax.llm import LLM
 from dsv4_jax.numerics import PLAIN
 from dsv4_jax.sampling import SamplingParams
+from dsv4_jax.sharding import make_mesh
 
 SLOTS, MAX_LEN = 4, 320
 
@@ -22,13 +24,13 @@ Answers = dict[int, tuple[list[int], list[float], str]]
 
 
 def started(loaded: LoadedModel, draft_tokens: int, **more) -> Engine:
-    sizes = {"slots": SLOTS, "max_len": MAX_LEN, "draft_tokens": draft_tokens} | more
-    return Engine(loaded, numerics=PLAIN, pieces=(8, 32), **sizes)
+    sizes = {"slots": SLOTS, "max_len": MAX_LEN, "pieces": (8, 32)} | more
+    return Engine(loaded, numerics=PLAIN, draft_tokens=draft_tokens, **sizes)
 
 
 @pytest.fixture(scope="module", params=[0, 2], ids="k={}".format)
-def engine(tiny_fp4, request) -> Engine:
-    made = started(tiny_fp4.loaded, request.param)
+def engine(tiny_fp4, shallow, request) -> Engine:
+    made = started(shallow(tiny_fp4.loaded), request.param)
     made.warm_up()
     return made
 
@@ -125,25 +127,33 @@ def test_a_cancelled_request_ends_and_the_others_go_on(engine):
     assert answers(engine)[again] == expected[0]
 
 
-def test_a_nan_ends_its_request_and_no_other(tiny_fp4):
-    loaded = tiny_fp4.loaded
+def test_a_nan_ends_its_request_and_no_other_and_none_after_it(tiny_fp4, shallow):
+    loaded = shallow(tiny_fp4.loaded)
     embed = np.float32(loaded.params["embed"]["weight"])
     embed[77] = np.nan
     params = loaded.params | {"embed": {"weight": jnp.asarray(embed, jnp.bfloat16)}}
-    engine = started(dataclasses.replace(loaded, params=params), 0)
+    engine = started(dataclasses.replace(loaded, params=params), 0, slots=2, pieces=(32,))
     greedy = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
 
     healthy = engine.add([5, 6, 7], greedy)
-    spoiled = engine.add([5, 77, 7], greedy)
+    spoiled = engine.add([77] * 200, greedy)  # fills its slot's window and entries
     found = answers(engine)
 
     assert found[spoiled] == ([], [], "error")
     assert found[healthy][2] == "length"
     assert np.isfinite(found[healthy][1]).all()
 
+    cancelled = engine.add([77] * 200, greedy)  # ends before any logits could tell
+    engine.step()
+    engine.cancel(cancelled)
+    answers(engine)
+    again = [engine.add([5, 6, 7], greedy) for _ in range(2)]
+    after = answers(engine)
+    assert [after[number] for number in again] == [found[healthy]] * 2
 
-def test_an_end_of_sentence_ends_a_request(tiny_fp4):
-    engine = started(tiny_fp4.loaded, 0)
+
+def test_an_end_of_sentence_ends_a_request(tiny_fp4, shallow):
+    engine = started(shallow(tiny_fp4.loaded, 2), 0)
     greedy = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
     number = engine.add([3, 4, 5], greedy)
     tokens = answers(engine)[number][0]
@@ -167,7 +177,7 @@ def test_an_end_of_sentence_ends_a_request(tiny_fp4):
     ids=["caches", "prefixes"],
 )
 def test_memory_is_refused_before_anything_is_allocated(tiny_fp4, monkeypatch, free, prefix_bytes, message):
-    monkeypatch.setattr(engine_module, "_free_bytes", lambda: free)
+    monkeypatch.setattr(engine_module, "free_bytes", lambda: free)
     live = len(jax.live_arrays())
 
     with pytest.raises(MemoryPlanError, match=message):
@@ -190,13 +200,42 @@ def test_nothing_compiles_after_warm_up(tiny_fp4, shallow):
 
 
 @pytest.mark.parametrize(
-    ("ids", "max_tokens"), [([], 1), ([1] * 320, 1), ([1], 320)], ids=["empty", "long", "long answer"]
+    ("ids", "max_tokens", "forced", "message"),
+    [
+        ([], 1, (), "the prompt is empty"),
+        ([1] * 320, 1, (), "320 tokens and max_tokens 1 more exceed max_len 320"),
+        ([1], 320, (), "1 tokens and max_tokens 320 more exceed max_len 320"),
+        ([1, 512], 1, (), r"integers in \[0, 512\)"),
+        ([-1], 1, (), r"integers in \[0, 512\)"),
+        ([1, 2.0], 1, (), r"integers in \[0, 512\)"),
+        ([1], 1, [512], r"integers in \[0, 512\)"),
+    ],
+    ids=["empty", "long", "long answer", "past the vocabulary", "negative", "float", "forced"],
 )
-def test_what_does_not_fit_is_refused(engine, ids, max_tokens):
-    with pytest.raises(RequestError, match="max_len 320"):
-        engine.add(ids, SamplingParams(max_tokens=max_tokens))
+def test_what_cannot_be_served_is_refused(engine, ids, max_tokens, forced, message):
+    with pytest.raises(RequestError, match=message):
+        engine.add(ids, SamplingParams(max_tokens=max_tokens), forced)
 
     assert not engine.busy
+
+
+@pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
+def test_a_mesh_serves_as_one_device_does_without_a_compile(tiny_fp4, shallow):
+    mesh, requests = make_mesh(dp=2, tp=2), made_up(6, seed=3)
+    spread = load(Path(__file__).parents[1] / "data" / "tiny-fp4", mesh=mesh)
+    serving, alone = (
+        started(shallow(model, 2), 0, pieces=(32,), prefix_bytes=2**24) for model in (spread, tiny_fp4.loaded)
+    )
+    serving.warm_up()
+
+    with count_compiles() as compiles:
+        numbers = [serving.add(*each) for each in requests]
+        found = answers(serving)
+
+    assert compiles.count == 0
+    expected = [alone.add(*each) for each in requests]
+    wanted = answers(alone)
+    assert [found[number][0] for number in numbers] == [wanted[number][0] for number in expected]
 
 
 def test_drafts_need_the_head(tiny_fp4):

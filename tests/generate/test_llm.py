@@ -9,10 +9,11 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from dsv4_jax.compiles import count_compiles
-from dsv4_jax.errors import RequestError, TokenizerError
+from dsv4_jax.errors import MemoryPlanError, RequestError, TokenizerError
 from dsv4_jax.llm import LLM
 from dsv4_jax.numerics import OFFICIAL, PLAIN
 from dsv4_jax.sampling import SamplingParams
+from dsv4_jax.sharding import make_mesh
 
 GOLDEN = Path(__file__).parents[1] / "data" / "tiny-fp4"
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
@@ -142,6 +143,28 @@ def test_drafts_change_no_greedy_answer_and_are_counted(llm):
     assert [each.token_ids for each in found] == [each.token_ids for each in expected]
     assert all(each.drafted >= 2 and each.accepted <= each.drafted for each in found)
     assert [each.drafted for each in expected] == [0] * 3
+
+
+def test_prompts_that_begin_alike_are_read_once(llm, shallow):
+    keeping = LLM(shallow(llm.model, 2), numerics=PLAIN, prefix_bytes=2**24)
+    long = [7] * 600
+
+    first, second = (keeping.generate(long, dataclasses.replace(GREEDY, max_tokens=2))[0] for _ in range(2))
+
+    assert first.token_ids == second.token_ids
+    assert keeping._engine.prefix_tokens == 512
+    with pytest.raises(RequestError, match="prefix_bytes must be at least 0, got -1"):
+        LLM(llm.model, prefix_bytes=-1)
+
+
+def test_parameters_that_do_not_fit_are_refused_before_any_is_read(monkeypatch):
+    monkeypatch.setattr("dsv4_jax.llm.free_bytes", lambda: 1000)
+    monkeypatch.setattr("dsv4_jax.llm.load", None)
+
+    for mesh in (None, make_mesh(tp=2)):
+        with pytest.raises(MemoryPlanError, match=r"parameters take 0\.00 GiB of each device") as refused:
+            LLM.from_pretrained(GOLDEN, mesh=mesh)
+        assert refused.value.exit_code == 77
 
 
 def test_drafts_are_refused_without_the_head_or_in_large_numbers(llm):

@@ -12,7 +12,7 @@ import scipy.stats
 from dsv4_jax import decode
 from dsv4_jax.cache import Cache, LayerCache, make_cache
 from dsv4_jax.checkpoint.load import LoadedModel
-from dsv4_jax.decode import Caches, Models, Requests, first_step, step
+from dsv4_jax.decode import Caches, Models, Requests, first_step, read_out, step
 from dsv4_jax.generate import NO_TOKEN, Generation, generate, read_prompt
 from dsv4_jax.model import bind
 from dsv4_jax.mtp import MTPHead, bind_mtp, make_mtp_cache
@@ -192,7 +192,8 @@ def test_drafts_that_fall_leave_no_trace_wherever_they_stood(tiny_fp4, monkeypat
     def run(k, params, streams, caches, tokens, shift):
         monkeypatch.setattr(decode, "_draft", oracle(tokens, shift) if k else real_draft)
         models = Models(bind(config, PLAIN, params))
-        added, sequences = first_step(models, requests, streams, lengths, caches, k, config.eos_token_id)
+        last = read_out(models.main, streams[:, None])
+        added, sequences = first_step(models, requests, last, lengths, caches, k, config.eos_token_id)
         out = Generation.nothing(len(lengths), new).extended(added, added.count * 0)
 
         def one(carry):
@@ -252,7 +253,8 @@ def test_drafts_are_what_the_head_says_of_the_text_read_at_once(tiny_fp4):
         streams, caches = read_prompt(
             models, jnp.asarray(ids), zero, jnp.asarray(LENGTHS), Caches(*empty()), 2048
         )
-        added, sequences = first_step(models, requests, streams, LENGTHS, caches, k, config.eos_token_id)
+        last = read_out(models.main, streams[:, None])
+        added, sequences = first_step(models, requests, last, LENGTHS, caches, k, config.eos_token_id)
         out = Generation.nothing(4, new).extended(added, added.count * 0)
         for _ in range(3):
             added, sequences = step(models, requests, sequences, config.eos_token_id)

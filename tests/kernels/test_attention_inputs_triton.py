@@ -1,33 +1,31 @@
-"""What stands around attention: definitions are the model's, kernels compile and are right on a GPU."""
+"""What stands around attention: definitions in themselves, kernels compile and are right on a GPU."""
 
 import functools
 import itertools
 import struct
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv4_jax.cache import CompressedCache, RecentRows
-from dsv4_jax.config import FLASH
-from dsv4_jax.nn.attention import Attention
-from dsv4_jax.nn.compressor import Compressor
-from dsv4_jax.nn.indexer import Indexer
-from dsv4_jax.nn.norm import RMSNorm
-from dsv4_jax.nn.rope import rope_angles, rope_frequencies, rotate
+from dsv4_jax.config import FLASH, PRO
+from dsv4_jax.nn.rope import Rotation, rope_frequencies
+from dsv4_jax.nn.rope import rotation as rotation_of
 from dsv4_jax.numerics import KVQUANT, OFFICIAL, PLAIN
 from pallas_kernels import (
+    QuantArray,
     Target,
-    attention_key_value,
+    attention_latents,
     attention_query,
     attention_unrotate,
     compressed_entries,
+    dequantize,
     fake_quantize,
     index_query,
+    quantize,
 )
-from pallas_kernels.attention_inputs import ENTRIES, INDEX_QUERY, KEY_VALUE, QUERY, UNROTATE
+from pallas_kernels.attention_inputs import ENTRIES, INDEX_QUERY, LATENTS, QUERY, UNROTATE
 from pallas_kernels.formats import E2M1_MAX, E4M3_MAX, e8m0_ceil
 
 kernels = pytest.importorskip("pallas_kernels.attention_inputs.triton")
@@ -39,14 +37,14 @@ F32, BF16, I32 = jnp.float32, jnp.bfloat16, jnp.int32
 H200, MI300, CPU = Target("cuda", "sm_90"), Target("rocm", "gfx942"), Target("cpu", "")
 EVERY_ARCH = ["sm_80", "sm_90", "sm_100", "gfx942", "gfx950"]
 EPS, PAIRS = FLASH.rms_norm_eps, FLASH.qk_rope_head_dim // 2
-HEAD_DIM, INDEX_DIM = FLASH.head_dim, FLASH.index_head_dim
+HEAD_DIM, INDEX_DIM, LATENT = FLASH.head_dim, FLASH.index_head_dim, FLASH.q_lora_rank
 NUMERICS = pytest.mark.parametrize(
     "numerics", [OFFICIAL, KVQUANT, PLAIN], ids=["official", "kvquant", "plain"]
 )
 FAR = 2**20  # positions, the longest text there is
 
 query = functools.partial(attention_query, eps=EPS)
-key_value = functools.partial(attention_key_value, eps=EPS, format="fp8_block64")
+latents = functools.partial(attention_latents, eps=EPS, format="fp8_block64", activation="fp8_token128")
 quantised_query = functools.partial(index_query, format="fp4_group32")
 
 
@@ -65,16 +63,10 @@ def norm_weight(size: int) -> jax.Array:
     return (1 + jax.random.normal(jax.random.key(0), (size,)) / 8).astype(BF16)
 
 
-def angles_of(batch: int, tokens: int, ratio: int = 4, every: int = 1) -> jax.Array:
+def rotation(batch: int, tokens: int) -> Rotation:
     """Of sequences that stand at the start, in the middle, and before the end of the longest text."""
-    start = jnp.array([0, FAR // 3, FAR - tokens * every], I32)[-batch:]
-    positions = start[:, None] + every * jnp.arange(tokens)
-    return rope_angles(positions, rope_frequencies(FLASH, ratio))
-
-
-def rotation(batch: int, tokens: int, every: int = 1) -> tuple[jax.Array, jax.Array]:
-    angles = angles_of(batch, tokens, every=every)
-    return jnp.cos(angles), jnp.sin(angles)
+    start = jnp.array([0, FAR // 3, FAR - tokens], I32)[-batch:]
+    return rotation_of(start[:, None] + jnp.arange(tokens), rope_frequencies(FLASH, 4))
 
 
 def assert_same_bits(found: jax.Array, expected: jax.Array) -> None:
@@ -86,78 +78,83 @@ def assert_same_bits(found: jax.Array, expected: jax.Array) -> None:
 # --- the definitions, anywhere
 
 
-def kv_norm(size: int) -> RMSNorm:
-    norm = RMSNorm(size, None, EPS)
-    norm.weight.set_value(norm_weight(size))
-    return norm
+def latent_inputs(batch: int, tokens: int, q_columns: int = LATENT, dtype=BF16):
+    """As `attention_latents` takes them."""
+    x = normal(batch, tokens, q_columns + HEAD_DIM, dtype=dtype)
+    return x, norm_weight(q_columns), norm_weight(HEAD_DIM), *rotation(batch, tokens)
+
+
+def index_inputs(batch: int, tokens: int, heads: int, dtype=BF16):
+    """As `index_query` takes them, but for the column, which is 5."""
+    projected = normal(batch, tokens, heads + 7, dtype=F32)
+    return normal(batch, tokens, heads, INDEX_DIM, dtype=dtype), projected, *rotation(batch, tokens)
 
 
 @NUMERICS
-def test_queries_are_those_of_the_model(numerics):
-    q, angles = normal(2, 3, 5, HEAD_DIM, dtype=numerics.dtype), angles_of(2, 3)
-    config = SimpleNamespace(num_attention_heads=5, head_dim=HEAD_DIM, rms_norm_eps=EPS)
-    attention = SimpleNamespace(config=config, wq_b=lambda _: q)
+def test_latents_as_a_linear_takes_them_are_those_that_it_would_quantise(numerics):
+    arguments = latent_inputs(2, 3, dtype=numerics.dtype)
 
-    found = query(q, jnp.cos(angles), jnp.sin(angles))
+    plain, kv = latents(*arguments, format=numerics.kv, activation=None)
+    quantised, same_kv = latents(*arguments, format=numerics.kv)
 
-    assert_same_bits(found, Attention.queries(attention, q, angles))
-
-
-@NUMERICS
-def test_the_output_is_turned_back_as_by_the_model(numerics):
-    out, angles = normal(2, 3, 5, HEAD_DIM, dtype=numerics.dtype), angles_of(2, 3)
-
-    found = attention_unrotate(out, jnp.cos(angles), jnp.sin(angles))
-
-    assert_same_bits(found, rotate(out, angles[:, :, None], inverse=True))
+    expected = quantize(plain, "fp8_token128")
+    assert_same_bits(dequantize(quantised), dequantize(expected))
+    assert_same_bits(quantised.scale, expected.scale)
+    assert_same_bits(kv, same_kv)
 
 
-@NUMERICS
-def test_key_values_are_those_of_the_model(numerics):
-    kv, angles = normal(2, 3, HEAD_DIM, dtype=numerics.dtype), angles_of(2, 3)
-    attention = SimpleNamespace(config=FLASH, kv_norm=kv_norm(HEAD_DIM), numerics=numerics)
+def test_key_values_are_divided_by_their_root_mean_square_and_turned():
+    x, q_weight, kv_weight, cos, sin = latent_inputs(2, 3, dtype=F32)
 
-    found = key_value(kv, norm_weight(HEAD_DIM), jnp.cos(angles), jnp.sin(angles), format=numerics.kv)
+    _, kv = latents(x, q_weight, kv_weight, cos, sin, format=None, activation=None)
 
-    assert_same_bits(found, Attention.key_values(attention, kv, angles))
+    wide = np.float64(x[..., LATENT:])
+    normed = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + EPS) * np.float64(kv_weight)
+    plain, turned = np.split(normed, [HEAD_DIM - 2 * PAIRS], axis=-1)
+    pairs = (turned[..., 0::2] + 1j * turned[..., 1::2]) * (np.float64(cos) + 1j * np.float64(sin))
+    turned = np.stack([pairs.real, pairs.imag], -1).reshape(turned.shape)
+    # The mean adds 512 numbers, in whatever order.
+    np.testing.assert_allclose(kv, np.concatenate([plain, turned], -1), rtol=1e-5, atol=1e-5)
 
 
 @NUMERICS
-def test_index_queries_are_those_of_the_model(numerics):
-    heads = FLASH.index_n_heads
-    q, angles = normal(2, 3, heads, INDEX_DIM, dtype=numerics.dtype), angles_of(2, 3)
-    indexer = SimpleNamespace(
-        config=FLASH, wq_b=lambda _: q, weights_proj=lambda _: jnp.zeros((2, 3, heads)), numerics=numerics
-    )
+def test_the_weights_of_index_heads_are_rounded_then_scaled(numerics):
+    q, projected, cos, sin = index_inputs(2, 3, 9, dtype=numerics.dtype)
 
-    found = index_query(q, jnp.cos(angles), jnp.sin(angles), format=numerics.index)
+    _, weights = quantised_query(q, projected, cos, sin, column=5, format=numerics.index)
 
-    assert_same_bits(found, Indexer.queries(indexer, q, q, angles[:, :, None])[0])
+    expected = projected[..., 5:14].astype(numerics.dtype) * (9 * INDEX_DIM) ** -0.5
+    assert_same_bits(weights, expected.astype(F32))
 
 
 def compression(batch: int, tokens: int, ratio: int, head_dim: int, *, slots_more: int = 3):
-    """Raw rows, rings, positions, lengths and weight, as `compressed_entries` takes them."""
+    """Product, bias, rings, positions, lengths, weight, rotation, as `compressed_entries` takes them."""
     overlap = ratio == 4
     channels, slots = head_dim * (1 + overlap), ratio * (1 + overlap) + slots_more
     keys = jax.random.split(jax.random.key(tokens + ratio + head_dim), 4)
-    sizes = [(batch, tokens, channels)] * 2 + [(batch, slots, channels)] * 2
-    rows = [jax.random.normal(key, size) for key, size in zip(keys, sizes, strict=True)]
-    rows[1], rows[3] = 3 * rows[1], 3 * rows[3]  # of all scores some stand out
+    kv, score = (jax.random.normal(key, (batch, tokens, channels)) for key in keys[:2])
+    rings = [jax.random.normal(key, (batch, slots, channels)) for key in keys[2:]]
+    # Of all scores some stand out. Other columns stand before and after.
+    projected = jnp.concatenate([jnp.full((batch, tokens, COLUMN), jnp.nan), kv, 3 * score, kv[..., :5]], -1)
+    ape = jax.random.normal(keys[0], (ratio, channels))
     position = jnp.array([0, 2 * ratio - 1, FAR - tokens], I32)[-batch:]
     length = jnp.array([tokens, tokens, max(1, tokens - 2)], I32)[-batch:]
-    return *rows, position, length, norm_weight(head_dim)
+    turns = entries_rotation(position, tokens, ratio)
+    return projected, ape, rings[0], 3 * rings[1], position, length, norm_weight(head_dim), *turns
 
 
-def entries_rotation(position: jax.Array, tokens: int, ratio: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Which entries may be completed, and the rotation of each."""
+COLUMN = 3  # of the product, where the values begin
+
+
+def entries_rotation(position: jax.Array, tokens: int, ratio: int) -> Rotation:
+    """Of each entry that may be completed."""
     entry = (position // ratio)[:, None] + jnp.arange(-(-tokens // ratio))
-    angles = rope_angles(entry * ratio, rope_frequencies(FLASH, ratio))
-    return entry, jnp.cos(angles), jnp.sin(angles)
+    return rotation_of(entry * ratio, rope_frequencies(FLASH, ratio))
 
 
-def entries_settings(ratio: int, for_index: bool) -> dict:
+def entries_settings(for_index: bool) -> dict:
     format = "fp4_group32" if for_index else "fp8_block64"
-    return {"ratio": ratio, "eps": EPS, "for_index": for_index, "format": format}
+    return {"column": COLUMN, "eps": EPS, "for_index": for_index, "format": format}
 
 
 ENTRY_KINDS = pytest.mark.parametrize(
@@ -167,54 +164,61 @@ ENTRY_KINDS = pytest.mark.parametrize(
 )
 
 
-@NUMERICS
 @ENTRY_KINDS
-@pytest.mark.parametrize("tokens", [1, 6, 130], ids="tokens={}".format)
-def test_the_entries_in_the_cache_are_those_of_the_model(tokens, ratio, head_dim, for_index, numerics):
-    kv, score, kv_ring, score_ring, position, length, weight = compression(3, tokens, ratio, head_dim)
-    position = position.at[2].set(5 * ratio + 1)  # whose entries a small cache holds
-    cache = CompressedCache(
-        jnp.zeros((3, 200, head_dim), numerics.dtype), RecentRows(kv_ring), RecentRows(score_ring)
-    )
-    compressor = SimpleNamespace(
-        wkv=lambda _: kv,
-        wgate=lambda _: score,
-        ape=SimpleNamespace(get_value=lambda: jnp.zeros((ratio, kv.shape[-1]))),
-        norm=kv_norm(head_dim),
-        config=FLASH,
-        numerics=numerics,
-        ratio=ratio,
-        head_dim=head_dim,
-        for_index=for_index,
-    )
-    compressor._finish = functools.partial(Compressor._finish, compressor)
-    entry, cos, sin = entries_rotation(position, tokens, ratio)
-    settings = entries_settings(ratio, for_index) | {"dtype": jnp.dtype(numerics.dtype)}
-    settings["format"] = numerics.index if for_index else numerics.kv
+def test_entries_and_rings_do_not_depend_on_how_a_text_is_cut(ratio, head_dim, for_index):
+    projected, ape, *rings, position, _, weight, _, _ = compression(3, 2 * ratio + 5, ratio, head_dim)
+    # A format would turn a difference in the last bit into a step.
+    settings, tokens = entries_settings(for_index) | {"dtype": F32, "format": None}, projected.shape[1]
 
-    entries = compressed_entries(
-        kv, score, kv_ring, score_ring, position, length, weight, cos, sin, **settings
-    )
+    def run(rings, begin: int, end: int):
+        start, count = position + begin, jnp.full(3, end - begin)
+        turns = entries_rotation(start, end - begin, ratio)
+        arguments = (projected[:, begin:end], ape, *rings, start, count, weight, *turns)
+        entries, *rings = compressed_entries(*arguments, **settings)
+        number = (start // ratio)[:, None] + jnp.arange(entries.shape[1])
+        complete = (number + 1) * ratio <= (start + count)[:, None]
+        assert not np.asarray(entries)[~np.asarray(complete)].any()
+        return rings, {
+            (row, int(number[row, n])): np.asarray(entries[row, n])
+            for row, n in np.argwhere(np.asarray(complete))
+        }
 
-    complete = (entry + 1) * ratio <= (position + length)[:, None]
-    expected = Compressor.__call__(compressor, kv, position, length, cache).entries
-    assert_same_bits(cache.write(entries, entry, complete).entries, expected)
-    assert not np.float32(entries)[~np.asarray(complete)].any()
-    assert complete.any() or tokens == 1
+    whole_rings, whole = run(rings, 0, tokens)
+    found: dict = {}
+    for begin, end in itertools.pairwise([0, 1, ratio + 2, ratio + 3, tokens]):
+        rings, some = run(rings, begin, end)
+        found |= some
+
+    assert found.keys() == whole.keys()
+    assert len(whole) == ((position + tokens) // ratio - position // ratio).sum()
+    for entry, expected in whole.items():
+        # Sums of at most 512 numbers of size 1, in an order that depends on the shape.
+        np.testing.assert_allclose(
+            found[entry], expected, rtol=0, atol=512 * 2.0**-24 * np.abs(expected).max()
+        )
+    jax.tree.map(assert_same_bits, rings, whole_rings)
+    position_of_last = int(position[1]) + tokens - 1
+    slot, last = position_of_last % rings[0].shape[1], projected[1, -1, COLUMN:-5]
+    kv, score = jnp.split(last, 2)
+    assert_same_bits(rings[0][1, slot], kv)
+    assert_same_bits(rings[1][1, slot], score + ape[position_of_last % ratio])
 
 
 def test_what_an_entry_cannot_be_made_of_is_refused():
-    kv, score, kv_ring, score_ring, *others = compression(1, 3, 4, HEAD_DIM, slots_more=-2)
-    _, cos, sin = entries_rotation(others[0], 3, 4)
-    settings = entries_settings(4, False)
+    projected, ape, kv_ring, score_ring, *others = compression(1, 3, 4, HEAD_DIM, slots_more=-2)
+    settings = entries_settings(False)
 
     with pytest.raises(ValueError, match="6 slots do not hold the 7 tokens"):
-        compressed_entries(kv, score, kv_ring, score_ring, *others, cos, sin, **settings)
-    rows = (kv[..., :700], score[..., :700], kv_ring, score_ring)
+        compressed_entries(projected, ape, kv_ring, score_ring, *others, **settings)
     with pytest.raises(ValueError, match="neither head_dim 512 nor twice that"):
-        compressed_entries(*rows, *others, cos, sin, **settings)
+        compressed_entries(projected, ape[:, :700], kv_ring, score_ring, *others, **settings)
+    with pytest.raises(ValueError, match="of 2056 columns has no 2048 from 9 on"):
+        compressed_entries(projected, ape, kv_ring, score_ring, *others, **settings | {"column": 9})
     with pytest.raises(ValueError, match="power of two"):
-        index_query(normal(1, 1, 1, 96), *rotation(1, 1), format=None)
+        index_query(normal(1, 1, 1, 96), jnp.zeros((1, 1, 1)), *rotation(1, 1), column=0, format=None)
+    x, q_weight, _, *turns = latent_inputs(1, 1)
+    with pytest.raises(ValueError, match="x has 1536 columns, the norms 1024 and 1024"):
+        latents(x, q_weight, q_weight, *turns)
 
 
 # --- the kernels, anywhere
@@ -233,27 +237,33 @@ def test_what_an_entry_cannot_be_made_of_is_refused():
 )
 def test_the_kernels_take(target, tokens, dtype, fits):
     cos = sin = shape(2, tokens, PAIRS, dtype=F32)
-    q, kv, small = (shape(2, tokens, *rest, dtype=dtype) for rest in ((5, 512), (512,), (5, 128)))
-    entries = jax.eval_shape(lambda: compression(2, 4, 4, HEAD_DIM))
-    settings = (4, EPS, False, "fp8_block64", dtype)
+    x, q, small = (shape(2, tokens, *rest, dtype=dtype) for rest in ((1536,), (5, 512), (5, 128)))
+    entries = jax.eval_shape(lambda: compression(2, tokens, 4, HEAD_DIM))
+    entries = (entries[0], COLUMN, *entries[1:])
+    weights, settings = (shape(LATENT), shape(HEAD_DIM)), (EPS, "fp8_block64", "fp8_token128")
 
+    assert LATENTS[0].fits(target, x, *weights, cos, sin, *settings) is fits
     assert QUERY[0].fits(target, q, cos, sin, EPS) is fits
     assert UNROTATE[0].fits(target, q, cos, sin) is fits
-    assert KEY_VALUE[0].fits(target, kv, shape(512), cos, sin, EPS, "fp8_block64") is fits
-    assert INDEX_QUERY[0].fits(target, small, cos, sin, "fp4_group32") is fits
-    assert ENTRIES[0].fits(target, *entries, cos, sin, *settings) is fits
+    assert (
+        INDEX_QUERY[0].fits(target, small, shape(2, tokens, 9, dtype=F32), 4, cos, sin, "fp4_group32") is fits
+    )
+    assert ENTRIES[0].fits(target, *entries, EPS, False, "fp8_block64", dtype) is fits
 
 
 def test_the_kernels_do_not_take_other_formats_and_widths():
     cos = sin = shape(2, 3, PAIRS, dtype=F32)
     entries = jax.eval_shape(lambda: compression(2, 4, 4, HEAD_DIM))
+    entries = (entries[0], COLUMN, *entries[1:])
+    weights, projected = (shape(LATENT), shape(HEAD_DIM)), shape(2, 3, 9, dtype=F32)
 
     assert not QUERY[0].fits(H200, shape(2, 3, 5, 384), cos, sin, EPS)
-    assert not KEY_VALUE[0].fits(H200, shape(2, 3, 512), shape(512), cos, sin, EPS, None)
-    assert not KEY_VALUE[0].fits(H200, shape(2, 3, 96), shape(96), cos, sin, EPS, "fp8_block64")
-    assert not INDEX_QUERY[0].fits(H200, shape(2, 3, 5, 128), cos, sin, "fp8_block64")
-    for settings in ((4, EPS, True, "fp8_block64", BF16), (3, EPS, False, "fp8_block64", BF16)):
-        assert not ENTRIES[0].fits(H200, *entries, cos, sin, *settings)
+    assert not LATENTS[0].fits(H200, shape(2, 3, 1536), *weights, cos, sin, EPS, None, None)
+    assert not LATENTS[0].fits(
+        H200, shape(2, 3, 612), shape(100), shape(512), cos, sin, EPS, "fp8_block64", None
+    )
+    assert not INDEX_QUERY[0].fits(H200, shape(2, 3, 5, 128), projected, 0, cos, sin, "fp8_block64")
+    assert not ENTRIES[0].fits(H200, *entries, EPS, True, "fp8_block64", BF16)
 
 
 @pytest.mark.parametrize(
@@ -271,29 +281,47 @@ def test_the_scale_follows_from_exponent_and_mantissa(format, most):
 
 
 def launches_of(tokens: int) -> list[triton_call.Launch]:
-    """One of every op."""
+    """One of every op, of latents for Pro too, whose width is no power of two."""
     cos = sin = shape(1, tokens, PAIRS, dtype=F32)
-    q, kv = shape(1, tokens, 64, HEAD_DIM), shape(1, tokens, HEAD_DIM)
+    q, projected = shape(1, tokens, 64, HEAD_DIM), shape(1, tokens, 2624, dtype=F32)
     runs = [
         (lambda *of: kernels.query(*of, EPS), (q, cos, sin)),
         (kernels.unrotate, (q, cos, sin)),
-        (lambda *of: kernels.key_value(*of, EPS, "fp8_block64"), (kv, shape(HEAD_DIM), cos, sin)),
-        (lambda *of: kernels.index_query(*of, "fp4_group32"), (shape(1, tokens, 64, INDEX_DIM), cos, sin)),
+        (
+            lambda q, projected, *of: kernels.index_query(q, projected, 2560, *of, "fp4_group32"),
+            (shape(1, tokens, 64, INDEX_DIM), projected, cos, sin),
+        ),
     ]
+    for q_columns in (LATENT, PRO.q_lora_rank):
+        arrays = shape(1, tokens, q_columns + HEAD_DIM), shape(q_columns), shape(HEAD_DIM), cos, sin
+        runs.append((lambda *of: kernels.latents(*of, EPS, "fp8_block64", "fp8_token128"), arrays))
     for ratio, head_dim, for_index in ((4, HEAD_DIM, False), (4, INDEX_DIM, True), (128, HEAD_DIM, False)):
         arrays = jax.eval_shape(functools.partial(compression, 1, tokens, ratio, head_dim))
-        turns = [shape(1, -(-tokens // ratio), PAIRS, dtype=F32)] * 2
-        settings = (*entries_settings(ratio, for_index).values(), BF16)
-        run = functools.partial(lambda settings, *of: of_entries.compressed_entries(*of, *settings), settings)
-        runs.append((run, (*arrays, *turns)))
+        settings = (*tuple(entries_settings(for_index).values())[1:], BF16)
+
+        def run(projected, *others, settings=settings):
+            return of_entries.compressed_entries(projected, COLUMN, *others, *settings)
+
+        runs.append((run, arrays))
     return list(itertools.chain(*(triton_call.launches(run, *of) for run, of in runs)))
+
+
+@pytest.fixture
+def compiled_for(monkeypatch, arch) -> str:
+    """The chip that kernels choose for, which is that they are compiled for."""
+    vendor = "cuda" if arch.startswith("sm_") else "rocm"
+    monkeypatch.setattr(kernels, "current_target", lambda: Target(vendor, arch))
+    return arch
 
 
 @pytest.mark.parametrize("arch", EVERY_ARCH)
 @pytest.mark.parametrize("tokens", [1, 4096], ids="tokens={}".format)
-def test_the_kernels_compile_for(tokens, arch):
-    launches = launches_of(tokens)
-    assert len(launches) == 7
+def test_the_kernels_compile_for(tokens, compiled_for):
+    launches, arch = launches_of(tokens), compiled_for
+    latent_outputs = [launch.dtypes[5] for launch in launches if launch.kernel is kernels._latents]
+    fp8 = Target("cuda" if arch.startswith("sm_") else "rocm", arch).has_e4m3
+    assert latent_outputs == ["float8_e4m3fn" if fp8 else "bfloat16"] * 2
+    assert len([launch for launch in launches if launch.kernel is not kernels._latents]) == 6
 
     for launch in launches:
         binary = triton_call.compile_offline(launch, arch)
@@ -314,13 +342,20 @@ def _definition(op, settings: tuple):
     return jax.jit(run, compiler_options={"xla_allow_excess_precision": False})
 
 
-def both(op, *arguments, **settings) -> tuple[np.ndarray, np.ndarray]:
+def both(op, *arguments, **settings) -> tuple:
     """What the kernel gives and what the definition gives, in float32."""
     found = op(*arguments, **settings, implementation="triton")
     expected = _definition(op, tuple(settings.items()))(*arguments)
-    assert found.shape == expected.shape
-    assert found.dtype == expected.dtype == BF16
-    return np.float32(found), np.float32(expected)
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), found) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), expected
+    )
+
+    def numbers(tree):
+        if isinstance(tree, tuple | list):
+            return [numbers(each) for each in tree]
+        return np.float32(dequantize(tree) if isinstance(tree, QuantArray) else tree)
+
+    return numbers(found), numbers(expected)
 
 
 def assert_rounded_alike(found: np.ndarray, expected: np.ndarray) -> None:
@@ -365,34 +400,39 @@ def test_unrotate_gives_what_the_definition_gives(tokens):
 
 
 @pytest.mark.gpu
-@TOKENS
-def test_key_value_gives_what_the_definition_gives(tokens):
-    kv = normal(3, tokens, HEAD_DIM)
+@pytest.mark.parametrize(
+    ("tokens", "q_columns"), [(1, LATENT), (17, LATENT), (129, PRO.q_lora_rank), (1000, LATENT)]
+)
+def test_latents_are_what_the_definition_gives(tokens, q_columns):
+    found, expected = both(latents, *latent_inputs(3, tokens, q_columns))
 
-    assert_key_values_alike(*both(key_value, kv, norm_weight(HEAD_DIM), *rotation(3, tokens)))
+    assert_quantised_alike(found[0], expected[0], 128)
+    assert_key_values_alike(found[1], expected[1])
 
 
 @pytest.mark.gpu
 @TOKENS
 def test_index_query_gives_what_the_definition_gives(tokens):
-    q = normal(3, tokens, 9, INDEX_DIM)
+    found, expected = both(quantised_query, *index_inputs(3, tokens, 9), column=5)
 
-    assert_quantised_alike(*both(quantised_query, q, *rotation(3, tokens)), 32)
+    assert_quantised_alike(found[0], expected[0], 32)
+    np.testing.assert_array_equal(found[1], expected[1])
 
 
 @pytest.mark.gpu
 @ENTRY_KINDS
 @pytest.mark.parametrize("tokens", [1, 3, 130, 1000], ids="tokens={}".format)
-def test_entries_are_what_the_definition_gives(tokens, ratio, head_dim, for_index):
-    arrays = compression(3, tokens, ratio, head_dim)
-    _, *turns = entries_rotation(arrays[4], tokens, ratio)
+def test_entries_and_rings_are_what_the_definition_gives(tokens, ratio, head_dim, for_index):
+    arguments = compression(3, tokens, ratio, head_dim)
 
-    found, expected = both(compressed_entries, *arrays, *turns, **entries_settings(ratio, for_index))
+    found, expected = both(compressed_entries, *arguments, **entries_settings(for_index))
 
     if for_index:
-        assert_quantised_alike(found, expected, 32)
+        assert_quantised_alike(found[0], expected[0], 32)
     else:
-        assert_key_values_alike(found, expected)
+        assert_key_values_alike(found[0], expected[0])
+    np.testing.assert_array_equal(found[1], expected[1])
+    np.testing.assert_array_equal(found[2], expected[2])
 
 
 def whole_numbers(*sizes: int, dtype=BF16) -> jax.Array:
@@ -403,47 +443,46 @@ def whole_numbers(*sizes: int, dtype=BF16) -> jax.Array:
 
 
 @pytest.mark.gpu
-def test_key_values_of_exact_sums_are_exact():
-    found, expected = both(key_value, whole_numbers(3, 99, HEAD_DIM), norm_weight(HEAD_DIM), *rotation(3, 99))
+def test_latents_of_exact_sums_are_exact():
+    _, *others = latent_inputs(3, 99)
 
-    np.testing.assert_array_equal(found[..., : -2 * PAIRS], expected[..., : -2 * PAIRS])
+    found, expected = both(latents, whole_numbers(3, 99, LATENT + HEAD_DIM), *others)
+
+    np.testing.assert_array_equal(found[0], expected[0])
+    np.testing.assert_array_equal(found[1][..., : -2 * PAIRS], expected[1][..., : -2 * PAIRS])
 
 
 @pytest.mark.gpu
 def test_index_queries_of_exact_sums_are_exact():
-    q, still = whole_numbers(3, 99, 9, INDEX_DIM), jnp.ones((3, 99, PAIRS))
+    q, still, projected = whole_numbers(3, 99, 9, INDEX_DIM), jnp.ones((3, 99, PAIRS)), jnp.ones((3, 99, 9))
 
-    np.testing.assert_array_equal(*both(quantised_query, q, still, 0 * still))
+    found, expected = both(quantised_query, q, projected, still, 0 * still, column=0)
+
+    np.testing.assert_array_equal(found[0], expected[0])
 
 
 @pytest.mark.gpu
 @ENTRY_KINDS
 def test_entries_of_one_row_are_exact(ratio, head_dim, for_index):
-    kv, score, kv_ring, score_ring, *others = compression(3, 300, ratio, head_dim)
-    kv, kv_ring = (whole_numbers(*each.shape, dtype=F32) for each in (kv, kv_ring))
+    tokens, channels = 300, head_dim * (2 if ratio == 4 else 1)
+    projected, ape, kv_ring, score_ring, *others, cos, _ = compression(3, tokens, ratio, head_dim)
+    kv, kv_ring = (whole_numbers(3, size, channels, dtype=F32) for size in (tokens, kv_ring.shape[1]))
     # Of each window only the last token counts.
-    positions = others[0][:, None] + jnp.arange(300)
-    score = jnp.where(((positions + 1) % ratio == 0)[..., None], score, -jnp.inf)
+    positions = others[0][:, None] + jnp.arange(tokens)
+    score = jnp.where(((positions + 1) % ratio == 0)[..., None], jnp.ones_like(kv), -jnp.inf)
     score_ring = jnp.full_like(score_ring, -jnp.inf)
     if ratio == 4:
         score = score.at[..., :head_dim].set(-jnp.inf)
-    _, cos, _ = entries_rotation(others[0], 300, ratio)
-    settings = entries_settings(ratio, for_index)
+    projected = jnp.concatenate([projected[..., :COLUMN], kv, score], -1)
+    rows, still = (projected, 0 * ape, kv_ring, score_ring), (jnp.ones_like(cos), jnp.zeros_like(cos))
 
-    found, expected = both(
-        compressed_entries,
-        *(kv, score, kv_ring, score_ring),
-        *others,
-        jnp.ones_like(cos),
-        jnp.zeros_like(cos),
-        **settings,
-    )
+    found, expected = both(compressed_entries, *rows, *others, *still, **entries_settings(for_index))
 
     if not for_index:  # the sums of the transform are not exact
-        np.testing.assert_array_equal(found, expected)
+        np.testing.assert_array_equal(found[0], expected[0])
     else:
-        assert_quantised_alike(found, expected, 32)
-    assert np.isfinite(found).all()
+        assert_quantised_alike(found[0], expected[0], 32)
+    assert np.isfinite(found[0]).all()
 
 
 @pytest.mark.gpu
@@ -451,10 +490,12 @@ def test_entries_of_one_row_are_exact(ratio, head_dim, for_index):
 def test_what_went_through_a_format_stays_as_it_is(format, width):
     cos, sin = jnp.ones((1, 9, PAIRS)), jnp.zeros((1, 9, PAIRS))
     if format == "fp8_block64":
-        once = key_value(normal(1, 9, 512), norm_weight(512), cos, sin, implementation="triton")
-        once = once[..., : 512 - 2 * PAIRS]
+        x, weights = normal(1, 9, LATENT + HEAD_DIM), (norm_weight(LATENT), norm_weight(HEAD_DIM))
+        _, once = latents(x, *weights, cos, sin, implementation="triton")
+        once = once[..., : HEAD_DIM - 2 * PAIRS]
     else:
-        once = quantised_query(normal(1, 9, 5, 128), cos, sin, implementation="triton")
+        arguments = normal(1, 9, 5, 128), jnp.zeros((1, 9, 5)), cos, sin
+        once, _ = quantised_query(*arguments, column=0, implementation="triton")
 
     assert width == parts.constants(format)["GROUP"]
     np.testing.assert_array_equal(np.float32(fake_quantize(once, format)), np.float32(once))
@@ -463,7 +504,14 @@ def test_what_went_through_a_format_stays_as_it_is(format, width):
 @pytest.mark.gpu
 def test_no_tokens_give_nothing():
     cos, sin = jnp.zeros((2, 0, PAIRS)), jnp.zeros((2, 0, PAIRS))
+    x, weights = jnp.zeros((2, 0, LATENT + HEAD_DIM), BF16), (norm_weight(LATENT), norm_weight(HEAD_DIM))
+
+    q_latent, kv = latents(x, *weights, cos, sin)
+    q, head_weights = quantised_query(
+        jnp.zeros((2, 0, 7, 128), BF16), jnp.zeros((2, 0, 9)), cos, sin, column=0
+    )
 
     assert query(jnp.zeros((2, 0, 7, 512), BF16), cos, sin).shape == (2, 0, 7, 512)
-    assert key_value(jnp.zeros((2, 0, 512), BF16), norm_weight(512), cos, sin).shape == (2, 0, 512)
-    assert quantised_query(jnp.zeros((2, 0, 7, 128), BF16), cos, sin).shape == (2, 0, 7, 128)
+    assert q_latent.shape == (2, 0, LATENT)
+    assert kv.shape == (2, 0, 512)
+    assert (q.shape, head_weights.shape) == ((2, 0, 7, 128), (2, 0, 7))

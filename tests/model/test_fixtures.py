@@ -14,9 +14,10 @@ from dsv4_jax.cache import CompressedCache, LayerCache
 from dsv4_jax.config import FLASH, Config
 from dsv4_jax.model import declare
 from dsv4_jax.nn.attention import Attention
-from dsv4_jax.nn.rope import rope_angles, rope_frequencies, rotate
+from dsv4_jax.nn.rope import rope_frequencies, rotation
 from dsv4_jax.numerics import PLAIN
-from pallas_kernels import hc_post, index_scores
+from pallas_kernels import attention_unrotate, hc_post, index_scores
+from pallas_kernels.attention_inputs.reference import rotate
 
 CHECKPOINTS = ["tiny-fp4", "tiny-fp8"]
 DATA = Path(__file__).parents[1] / "data"
@@ -90,12 +91,13 @@ def head(golden) -> Outputs:
 
 def rope(golden) -> Outputs:
     x, position = golden.fixtures["in/rope_in"], jnp.asarray(golden.fixtures["in/rope_positions"], jnp.int32)
-    turn = jax.jit(rotate, static_argnames="inverse")
+    turn = jax.jit(rotate)
     out = {}
     for kind, ratio in {"plain": 0, "yarn": 4}.items():
-        angles = rope_angles(position, rope_frequencies(golden.loaded.config, ratio))[None, :, None]
-        out[f"rope/{kind}/forward"] = turn(x, angles)
-        out[f"rope/{kind}/inverse"] = turn(x, angles, inverse=True)
+        frequencies = rope_frequencies(golden.loaded.config, ratio)
+        cos, sin = (each[None] for each in rotation(position, frequencies))
+        out[f"rope/{kind}/forward"] = turn(x, cos[:, :, None], sin[:, :, None])
+        out[f"rope/{kind}/inverse"] = attention_unrotate(x, cos, sin)
     return out
 
 
@@ -118,11 +120,12 @@ def _indexer(attention: Attention, x, cache: LayerCache):
     """Scores of all queries for all entries, and the entries chosen."""
     assert cache.index is not None
     positions = jnp.arange(x.shape[1])[None]
-    angles = rope_angles(positions, rope_frequencies(attention.config, attention.ratio))
-    q_latent, _ = attention.latents(x)
-    q, weights = attention.indexer.queries(x, q_latent, angles[:, :, None])
+    turns = rotation(positions, rope_frequencies(attention.config, attention.ratio))
+    q_latent, _ = attention.latents(x, turns)
+    projected = attention.projected(x)
+    q, weights = attention.indexer.queries(projected, attention.compressor.columns, q_latent, turns)
     scores = index_scores(q, cache.index.entries, weights)[0]
-    return scores, attention.choose(x, q_latent, angles, positions, cache)[0]
+    return scores, attention.choose(projected, q_latent, turns, positions, cache)[0]
 
 
 def attention(golden, ratio: int) -> Outputs:

@@ -1,0 +1,109 @@
+"""How the Mosaic kernel of the experts is cut into tiles, and which cut is for how many tokens."""
+
+import functools
+from typing import Any, Literal, NamedTuple
+
+from pallas_kernels.expert_mlp.tiles import TILE, TILE_BYTES
+
+HEIGHT = 64  # rows of a weight in one tensor core product
+BLOCK = 128  # columns that share an activation's scale
+GATED_ROWS = 2 * BLOCK  # of gate and up: a block of inner columns, which is quantised once it is whole
+SHARED_BYTES = 232448 - 2048  # what a program may have on Hopper, less room for barriers
+
+
+class Config(NamedTuple):
+    """How a product is cut into tiles, and how a program works through one.
+
+    Attributes:
+      widths: tokens of each tensor core product; together they are the tokens of a tile, at most 256. All are
+        multiples of 16. Products under way need registers beside the running sums.
+      shorter: other widths, the narrowest first, for tiles with few tokens: multiples of 8, all but the last
+        of 16. A tile is worked on in the narrowest that hold its tokens.
+      waves: times 64 rows of the weight that each consumer multiplies by those tokens: 1 or 2.
+      stages: how many are under way or in use.
+      blocks: of 128 columns in a stage. More mean fewer waits and copies, and the second's decoding beside
+        the first's product.
+      consumers: warpgroups that multiply, 2 or 4: more hide each other's waiting, fewer have more registers.
+      without: work to leave out, for measuring what it costs; the result is wrong then. "products" leaves
+        one of four to the tensor core.
+    """
+
+    widths: tuple[int, ...]
+    shorter: tuple[tuple[int, ...], ...] = ()
+    waves: int = 1
+    stages: int = 2
+    blocks: int = 1
+    consumers: int = 2
+    without: Literal["", "decoding", "promotion", "products"] = ""
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.widths)
+
+    @property
+    def all_widths(self) -> tuple[tuple[int, ...], ...]:
+        """The narrowest first."""
+        return (*self.shorter, self.widths)
+
+    @property
+    def parts(self) -> int:
+        """Products under way at a time: with four consumers the others' keep the tensor core busy."""
+        return 2 if self.consumers == 2 else 1
+
+    @property
+    def scales(self) -> int:
+        """Scales of a tile as stored: padded, since copies start at multiples of 128 bytes."""
+        return -(-self.tokens // 32) * 32
+
+    @property
+    def rows(self) -> int:
+        """Rows of the weight that the consumers multiply at a time: of whole tiles."""
+        return self.consumers * self.waves * HEIGHT
+
+    def passes(self, gated: bool) -> int:
+        """Times `rows` that a program takes before it writes."""
+        return GATED_ROWS // self.rows if gated else 1
+
+    def out_bytes(self, gated: bool) -> int:
+        """Bytes of a token in shared memory on its way out: a block of inner columns in bfloat16, of all
+        consumers together; or a consumer's rows.
+        """
+        return 2 * BLOCK if gated else self.waves * HEIGHT * 2
+
+    def shared_bytes(self, gated: bool) -> int:
+        weights = self.rows // TILE * TILE_BYTES
+        stage = self.blocks * (weights + self.tokens * BLOCK + self.scales * 4)
+        return self.stages * stage + (1 if gated else self.consumers) * self.tokens * self.out_bytes(gated)
+
+
+class Configs(NamedTuple):
+    """Of both products; their tiles of tokens are the same."""
+
+    gate_up: Config
+    down: Config
+
+
+def deepest(widths: tuple[int, ...], **more: Any) -> Configs:
+    """Those with as many stages as shared memory has room for, up to eight blocks of columns."""
+
+    def one(gated: bool) -> Config:
+        config = Config(widths, **more)
+        possible = [config._replace(stages=stages) for stages in range(2, 8 // config.blocks + 1)]
+        return max(each for each in possible if each.shared_bytes(gated) <= SHARED_BYTES)
+
+    return Configs(one(True), one(False))
+
+
+# By the tokens that an expert has on average, up to which they are meant.
+_four = functools.partial(deepest, consumers=4, blocks=2)
+CONFIGS = (
+    (14, _four((16,))),
+    (26, _four((32,), shorter=((24,),))),
+    (84, _four((64,), shorter=((40,), (48,), (56,)))),
+    (2**31, deepest((64, 64, 48, 48), shorter=((64,), (64, 32), (64, 64), (64, 64, 32), (64, 64, 64)))),
+)
+
+
+def configs_for(rows: int, n_routed_experts: int) -> Configs:
+    """For so many (token, choice) rows: most experts' rows fit a tile."""
+    return next(configs for most, configs in CONFIGS if rows <= most * n_routed_experts)

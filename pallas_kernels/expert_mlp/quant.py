@@ -1,0 +1,103 @@
+"""Activations to FP8 for weights in tiles: columns in the order of `tiles.tile_order`, in one pass."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import triton
+import triton.language as tl
+
+from pallas_kernels.activation_quant.triton import quantized
+from pallas_kernels.expert_mlp.plan import Plan
+from pallas_kernels.formats import E4M3_MAX, FORMATS
+from pallas_kernels.triton_call import triton_call
+
+BLOCK = 128  # columns that share a scale
+_BLOCKS = 16  # of them in one program
+
+
+@triton.jit
+def _in_tile_order(values, BLOCKS: tl.constexpr):
+    """Blocks of 128 columns, each as `tile_order` has it."""
+    parts = tl.permute(tl.reshape(values, (BLOCKS, 4, 8, 4)), (0, 2, 1, 3))
+    return tl.reshape(parts, (BLOCKS, 128))
+
+
+@triton.jit
+def _quant(
+    x, values, scale, BLOCKS: tl.constexpr, TOTAL: tl.constexpr, FLOOR: tl.constexpr, MOST: tl.constexpr
+):
+    block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+    at = block[:, None].to(tl.int64) * 128 + tl.arange(0, 128)[None, :]
+    real = block < TOTAL
+    found, exponent = quantized(tl.load(x + at, mask=real[:, None], other=0.0), FLOOR, MOST)
+    tl.store(values + at, _in_tile_order(found, BLOCKS), mask=real[:, None])
+    tl.store(scale + block, exponent.to(tl.uint8), mask=real)
+
+
+@triton.jit
+def _sorted_quant(
+    x,  # [T, K] bfloat16
+    row,  # [T * CHOICES] int32, the sorted row of each pair
+    values,  # [K/128, T * CHOICES, 128] e4m3
+    scale,  # [T, K/128] uint8
+    ROWS: tl.constexpr,
+    K: tl.constexpr,
+    CHOICES: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    FLOOR: tl.constexpr,
+    MOST: tl.constexpr,
+):
+    token = tl.program_id(0) // (K // 128 // BLOCKS)
+    block = tl.program_id(0) % (K // 128 // BLOCKS) * BLOCKS + tl.arange(0, BLOCKS)
+    column = tl.arange(0, 128)[None, :]
+    numbers = tl.load(x + token.to(tl.int64) * K + block[:, None] * 128 + column)
+    found, exponent = quantized(numbers, FLOOR, MOST)
+    found = _in_tile_order(found, BLOCKS)
+    tl.store(scale + token.to(tl.int64) * (K // 128) + block, exponent.to(tl.uint8))
+    at = values + block[:, None].to(tl.int64) * ROWS * 128 + column
+    for choice in tl.static_range(CHOICES):
+        tl.store(at + tl.load(row + token * CHOICES + choice).to(tl.int64) * 128, found)
+
+
+_CONSTANTS = {"FLOOR": FORMATS["fp8_token128"].floor, "MOST": E4M3_MAX}
+
+
+def tile_quant(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """x [T, K] in `fp8_token128`: values [T, K] in the order of the tiles, E8M0 exponents [T, K/128]."""
+    tokens, columns = x.shape
+    return triton_call(
+        _quant,
+        x,
+        out=(
+            jax.ShapeDtypeStruct(x.shape, jnp.float8_e4m3fn),
+            jax.ShapeDtypeStruct((tokens, columns // BLOCK), jnp.uint8),
+        ),
+        grid=(-(-x.size // BLOCK // _BLOCKS),),
+        BLOCKS=_BLOCKS,
+        TOTAL=x.size // BLOCK,
+        **_CONSTANTS,
+    )
+
+
+def sorted_tile_quant(x: jax.Array, planned: Plan, choices: int) -> tuple[jax.Array, jax.Array]:
+    """x [T, K] in `fp8_token128`: values [K/128, R, 128], each once for each choice, rows in sorted order and
+    columns in that of the tiles; exponents [T, K/128].
+    """
+    tokens, columns = x.shape
+    blocks = math.gcd(columns // BLOCK, _BLOCKS)
+    return triton_call(
+        _sorted_quant,
+        x,
+        planned.row,
+        out=(
+            jax.ShapeDtypeStruct((columns // BLOCK, tokens * choices, BLOCK), jnp.float8_e4m3fn),
+            jax.ShapeDtypeStruct((tokens, columns // BLOCK), jnp.uint8),
+        ),
+        grid=(tokens * (columns // BLOCK // blocks),),
+        ROWS=tokens * choices,
+        K=columns,
+        CHOICES=choices,
+        BLOCKS=blocks,
+        **_CONSTANTS,
+    )

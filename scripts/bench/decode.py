@@ -1,0 +1,593 @@
+#!/usr/bin/env python3
+"""Times whole decode steps and prefills at full width with made-up weights, and each kind of layer by itself.
+
+The released 43 or 61 layers do not fit one GPU, so a model of a few layers of each kind (SWA, CSA, HCA) is
+measured. The time of all is that of these few plus, for each layer that lacks, the time of one of its kind,
+from a program of nothing but such layers; the row says so. A step is the engine's: layers, head, the choice of
+the next token, drafts. Programs are started one after another without waiting; a step's caches are donated.
+Prefills are read in pieces, as the engine reads them, and end with the logits of the last token.
+
+Drafts: a step of k drafts reads 1 + k tokens a sequence and drafts k again. Made-up drafts never stand, which
+costs the same; a row gives the tokens per second if none stands and if all do.
+
+A case that does not fit is named and left out. Everything is compiled before anything is timed. On one H200:
+
+  python scripts/bench/decode.py --results scripts/bench/results/h200.json
+  python scripts/bench/decode.py --cases "decode B="{1,8,32,128}" ctx=4k"
+  python scripts/bench/decode.py --cases "decode B="{1,8}" ctx=32k k="{1,2,3} --profile
+  python scripts/bench/decode.py --cases "decode B="{1,128}" ctx=1M" --layers-of-each 1
+  python scripts/bench/decode.py --cases "prefill 4k" --piece 2048
+  python scripts/bench/decode.py --model pro --layers-of-each 2 --cases "decode B=1 ctx=32k"
+
+Without a GPU `--model tiny --cases "decode B=2 ctx=64 k=1"` tries it out.
+"""
+
+import argparse
+import dataclasses
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal, Self
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.93")  # by default JAX takes three quarters
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from floors import Reads, layer_us, step_us
+from harness import facts, median_us, save
+from made_up import made_up_like, made_up_params
+from profile_kernels import kernel_times, print_kernel_times
+
+from dsv4_jax.cache import make_cache
+from dsv4_jax.config import PRESETS, Config
+from dsv4_jax.decode import Caches, Models, Requests, Sequences, step
+from dsv4_jax.engine import PIECES
+from dsv4_jax.model import bind, declare, run_block
+from dsv4_jax.mtp import bind_mtp, make_mtp_cache
+from dsv4_jax.numerics import OFFICIAL
+from dsv4_jax.sampling import SamplingArrays, SamplingParams
+from pallas_kernels.dispatch import choose
+
+KINDS = {"SWA": 0, "CSA": 4, "HCA": 128}
+CASES = ("decode B=1 ctx=32k", "decode B=32 ctx=32k", "decode B=128 ctx=32k", "prefill 4k")
+STAGGER = 128  # sequences stand at so many different positions, so that not all complete an entry at once
+ROOM = 1024  # tokens of the caches beyond the context: more than are generated here
+MEASURE_S = 0.15  # about how long one of the three measurements of a program is to take
+TRACED_CALLS = 3
+
+State = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A decode step of `batch` sequences at a context, verifying `drafts` each; or a prefill of `context`."""
+
+    mode: Literal["decode", "prefill"]
+    batch: int
+    context: int
+    drafts: int
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Reads "decode B=1 ctx=32k", "decode B=1 ctx=32k k=2", "prefill 4k".
+
+        Raises:
+          argparse.ArgumentTypeError: it is none of these.
+        """
+        if found := re.fullmatch(r"decode B=(\d+) ctx=(\d+[kM]?)(?: k=(\d))?", text):
+            batch, context, drafts = found.groups(default="0")
+            return cls("decode", int(batch), _number(context), int(drafts))
+        if found := re.fullmatch(r"prefill (\d+[kM]?)", text):
+            return cls("prefill", 1, _number(found[1]), 0)
+        raise argparse.ArgumentTypeError(f"{text!r} is not like {CASES[0]!r} or {CASES[-1]!r}")
+
+    @property
+    def _size(self) -> str:
+        drafts = f" k={self.drafts}" if self.drafts else ""
+        return (
+            f"B={self.batch} ctx={_short(self.context)}{drafts}"
+            if self.mode == "decode"
+            else _short(self.context)
+        )
+
+    @property
+    def of_model(self) -> str:
+        return f"decode step {self._size}" if self.mode == "decode" else f"prefill {self._size}"
+
+    @property
+    def of_layer(self) -> str:
+        return f"{self.mode} {self._size}"
+
+    @property
+    def reads(self) -> Reads:
+        if self.mode == "prefill":
+            return Reads(1, self.context, 0)
+        return Reads(self.batch, 1 + self.drafts, self.context - 1)
+
+
+def _number(text: str) -> int:
+    unit = {"k": 2**10, "M": 2**20}.get(text[-1])
+    return int(text[:-1]) * unit if unit else int(text)
+
+
+def _short(number: int) -> str:
+    for unit, size in (("M", 2**20), ("k", 2**10)):
+        if number % size == 0:
+            return f"{number // size}{unit}"
+    return str(number)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A released model, of which `config` keeps a few layers of each kind; with numbers in its parameters."""
+
+    name: str
+    whole: Config
+    config: Config
+    params: Any
+    mtp_params: Any
+
+    @classmethod
+    def made_up(cls, name: str, layers_of_each: int, *, mtp: bool) -> Self:
+        whole = PRESETS[name]
+        config = few_layers(whole, layers_of_each)
+        return cls(name, whole, config, *made_up_params(config, mtp=mtp))
+
+    @property
+    def kinds(self) -> list[str]:
+        return [kind for kind, ratio in KINDS.items() if ratio in self.config.main_ratios]
+
+    @property
+    def label(self) -> str:
+        return "" if self.name == "flash" else f"{self.name} "
+
+
+def few_layers(whole: Config, of_each: int) -> Config:
+    """The first `of_each` layers of each kind, as many as there are, in the order in which they stand."""
+    ratios = whole.main_ratios
+    kept = [ratio for place, ratio in enumerate(ratios) if ratios[:place].count(ratio) < of_each]
+    hashed = min(whole.num_hash_layers, len(kept))
+    drafts = whole.compress_ratios[len(ratios) :]
+    return dataclasses.replace(
+        whole, num_hidden_layers=len(kept), compress_ratios=(*kept, *drafts), num_hash_layers=hashed
+    )
+
+
+# --- what is run: programs that take parameters and a state, and give a result and the state that follows
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """A case of a whole model, or of its layers of one kind.
+
+    Attributes:
+      kind: "SWA", "CSA", "HCA", or "model".
+      params: what the program takes.
+      advance: from these and a state, which it may reuse, a result and the next state.
+      state: makes the first state; also traced, for its shapes.
+      calls: of `advance`, that make one run: the pieces of a prefill.
+      finish: makes a run's last result into its logits; None: that is all.
+    """
+
+    case: Case
+    kind: str
+    params: Any
+    advance: Callable[[Any, State], tuple[Any, State]]
+    state: Callable[[], State]
+    calls: int = 1
+    finish: Callable[[Any, Any], Any] | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind} {self.case.of_layer}"
+
+
+def works(model: Model, case: Case, piece: int) -> list[Work]:
+    """The whole model, and its layers of each kind."""
+    whole = _decode_step(model, case) if case.mode == "decode" else _prefill(model, case, piece)
+    return [whole, *(_layers(model, case, kind, piece) for kind in model.kinds)]
+
+
+def _decode_step(model: Model, case: Case) -> Work:
+    config, drafts = model.config, case.drafts
+
+    def advance(params: Any, state: State) -> tuple[Any, State]:
+        main, mtp = params
+        models = Models(bind(config, OFFICIAL, main), bind_mtp(config, OFFICIAL, mtp) if drafts else None)
+        added, sequences = step(models, state["requests"], state["sequences"], drafts, config.eos_token_id)
+        return added.logprobs, state | {"sequences": sequences}
+
+    def state() -> State:
+        sizes = {"batch": case.batch, "max_len": case.context + ROOM, "max_draft": drafts}
+        # Every row is told its tokens, so that all rows read different ones and experts stay random.
+        tokens = _tokens(config, case.batch)
+        greedy = SamplingArrays.stack([SamplingParams(temperature=0.0)] * case.batch)
+        endless = jnp.full(case.batch, 2**30), jnp.zeros(case.batch, bool)
+        sequences = Sequences(
+            token=tokens,
+            position=_positions(case),
+            drafts=_tokens(config, case.batch, drafts),
+            drawn_from=jnp.zeros((case.batch, drafts, config.vocab_size), jnp.float32),
+            count=jnp.zeros(case.batch, jnp.int32),
+            done=jnp.zeros(case.batch, bool),
+            caches=_made_up_caches(
+                lambda: Caches(
+                    make_cache(config, OFFICIAL, **sizes),
+                    make_mtp_cache(config, OFFICIAL, **sizes) if drafts else None,
+                )
+            ),
+        )
+        return {"requests": Requests(greedy, *endless, forced=tokens + 0), "sequences": sequences}
+
+    mtp_params = model.mtp_params if drafts else None
+    return Work(case, "model", (model.params, mtp_params), advance, state)
+
+
+def _prefill(model: Model, case: Case, piece: int) -> Work:
+    config, calls = model.config, -(-case.context // piece)
+
+    def advance(params: Any, state: State) -> tuple[Any, State]:
+        place = state["number"] % calls * piece
+        ids = jax.lax.dynamic_slice_in_dim(state["ids"], place, piece, axis=1)
+        here = jnp.minimum(piece, case.context - place)[None]
+        streams, caches = bind(config, OFFICIAL, params)(ids, place[None], here, state["caches"])
+        last = jax.lax.dynamic_index_in_dim(streams, here[0] - 1, axis=1, keepdims=False)
+        return last, state | {"number": state["number"] + 1, "caches": caches}
+
+    def finish(params: Any, last: Any) -> Any:
+        return bind(config, OFFICIAL, params).logits(last)
+
+    def state() -> State:
+        return {
+            "number": jnp.int32(0),
+            "ids": _tokens(config, 1, calls * piece),
+            "caches": _made_up_caches(lambda: make_cache(config, OFFICIAL, batch=1, max_len=case.context)),
+        }
+
+    return Work(case, "model", model.params, advance, state, calls, finish)
+
+
+def _layers(model: Model, case: Case, kind: str, piece: int) -> Work:
+    """The layers of one kind, one after the other, on streams that stay as they are."""
+    config, ratio, prefill = model.config, KINDS[kind], case.mode == "prefill"
+    places = [place for place, each in enumerate(config.main_ratios) if each == ratio]
+    tokens = piece if prefill else 1 + case.drafts
+    calls = -(-case.context // piece) if prefill else 1
+
+    def advance(params: Any, state: State) -> tuple[Any, State]:
+        streams, ids, position = state["streams"], state["ids"], state["position"]
+        length = jnp.minimum(tokens, case.context - position) if prefill else jnp.full_like(position, tokens)
+        caches = []
+        for place, layer, cache in zip(places, params, state["caches"], strict=True):
+            block = nnx.merge(nnx.split(declare(config, OFFICIAL).layers[place])[0], layer)
+            streams, cache = run_block(block, streams, ids, position, length, cache)
+            caches.append(cache)
+        following = (position + piece) % (calls * piece) if prefill else position + 1
+        return streams, state | {"position": following, "caches": caches}
+
+    def state() -> State:
+        max_len, max_draft = (case.context, 0) if prefill else (case.context + ROOM, case.drafts)
+        shape = case.batch, tokens, config.hc_mult, config.hidden_size
+        sizes = {"batch": case.batch, "max_len": max_len, "max_draft": max_draft}
+        return {
+            "streams": made_up_like(jax.ShapeDtypeStruct(shape, jnp.dtype(OFFICIAL.dtype))),
+            "ids": _tokens(config, case.batch, tokens),
+            "position": jnp.zeros(1, jnp.int32) if prefill else _positions(case),
+            "caches": _made_up_caches(
+                lambda: [make_cache(config, OFFICIAL, **sizes)[each] for each in places]
+            ),
+        }
+
+    params = [model.params["layers"][place] for place in places]
+    return Work(case, kind, params, advance, state, calls)
+
+
+def _tokens(config: Config, *shape: int) -> jax.Array:
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, shape)
+    return jnp.asarray(ids, jnp.int32)
+
+
+def _positions(case: Case) -> jax.Array:
+    """Of each sequence's newest token: within `STAGGER` of the last of the context."""
+    return case.context - 1 - jnp.arange(case.batch, dtype=jnp.int32) % min(STAGGER, case.context)
+
+
+def _made_up_caches(make: Callable[[], Any]) -> Any:
+    return made_up_like(jax.eval_shape(make))
+
+
+# --- memory, compiling, timing
+
+
+def size_bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def state_bytes(work: Work) -> int:
+    return size_bytes(jax.eval_shape(work.state))
+
+
+def planned_bytes(work: Work) -> int:
+    """What its state takes while it is made: its largest array is there twice then."""
+    leaves = jax.tree.leaves(jax.eval_shape(work.state))
+    return size_bytes(leaves) + max(map(size_bytes, leaves))
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """Compiled programs, seconds that tracing and compiling took, and bytes that runs take and copy."""
+
+    advance: Any
+    finish: Any
+    trace_s: float
+    compile_s: float
+    temp_bytes: int
+    copied_bytes: int
+
+    def __str__(self) -> str:
+        return (
+            f"traced in {self.trace_s:.1f} s, compiled in {self.compile_s:.1f};"
+            f" {self.temp_bytes / 1e9:.2f} GB beside the state, {self.copied_bytes / 1e6:.1f} MB copied"
+        )
+
+
+def prepare(work: Work, implementation: str | None) -> Prepared:
+    begin = time.perf_counter()
+    with choose(implementation):  # of this thread
+        shapes = jax.eval_shape(work.state)
+        result = jax.eval_shape(work.advance, work.params, shapes)[0]
+        lowered = jax.jit(work.advance, donate_argnums=1).lower(work.params, shapes)
+        traced = time.perf_counter()
+        advance = lowered.compile()
+        compiled = time.perf_counter()
+        finish = work.finish and jax.jit(work.finish).lower(work.params, result).compile()
+    memory = advance.memory_analysis()
+    temp = memory.temp_size_in_bytes if memory else 0
+    return Prepared(
+        advance, finish, traced - begin, compiled - traced, temp, copied_bytes(advance.as_text() or "")
+    )
+
+
+HLO_BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "f8e4m3fn": 1, "u8": 1, "s8": 1, "pred": 1}
+
+
+def copied_bytes(hlo: str) -> int:
+    """Bytes that a compiled program's plain copies write; of a cache that is donated there are to be none."""
+    total = 0
+    for dtype, shape in re.findall(r"= \(?(\w+)\[([\d,]*)\]\S* copy(?:-start)?\(", hlo):
+        total += HLO_BYTES.get(dtype, 8) * int(np.prod([int(size) for size in shape.split(",") if size]))
+    return total
+
+
+class Runner:
+    """Runs a compiled `Work`, its state one run after the other."""
+
+    def __init__(self, work: Work, prepared: Prepared):
+        self.work, self.prepared, self.state = work, prepared, work.state()
+        jax.block_until_ready(self.state)
+
+    def __call__(self) -> Any:
+        """One run: a decode step, or all pieces of a prompt."""
+        result = None
+        for _ in range(self.work.calls):
+            result, self.state = self.prepared.advance(self.work.params, self.state)
+        return result if self.prepared.finish is None else self.prepared.finish(self.work.params, result)
+
+
+def measure(work: Work, prepared: Prepared, profile: bool) -> dict[str, float]:
+    """Microseconds of one run, and where they go.
+
+    `us` is of runs that are started without waiting; `us_host` is how long starting one takes, within `us`;
+    `us_kernels` adds up what kernels take by themselves, and there are `launches` of them.
+
+    Raises:
+      ArithmeticError: what comes out is not finite.
+    """
+    run = Runner(work, prepared)
+    begin = time.perf_counter()
+    result = jax.block_until_ready(run())
+    first = time.perf_counter() - begin
+    if not all(np.isfinite(np.asarray(leaf, np.float32)).all() for leaf in jax.tree.leaves(result)):
+        raise ArithmeticError("what comes out is not finite")
+    once = median_us(run, repeats=1)
+    inner = int(np.clip(MEASURE_S * 1e6 / once, 1, 50))
+    us = median_us(run, repeats=3, inner=inner)
+
+    begin = time.perf_counter()
+    results = [run() for _ in range(inner)]
+    us_host = (time.perf_counter() - begin) / inner * 1e6
+    jax.block_until_ready(results)
+
+    traced = min(inner, TRACED_CALLS)
+    kernels = kernel_times(lambda: [run() for _ in range(traced)], traced)
+    if profile:
+        print_kernel_times(work.name, kernels, most=30)
+    return {
+        "us": us,
+        "us_kernels": sum(us for _, us in kernels.values()),
+        "us_host": us_host,
+        "launches": sum(count for count, _ in kernels.values()),
+        "first_run_s": first,
+    }
+
+
+# --- rows
+
+
+def layer_row(model: Model, case: Case, kind: str, found: dict[str, float]) -> dict[str, Any]:
+    """One layer: the mean of those measured."""
+    count = model.config.main_ratios.count(KINDS[kind])
+    row = {"id": f"layer {model.label}{kind} {case.of_layer}"}
+    row |= {name: found[name] / count for name in ("us", "us_kernels", "us_host", "launches")}
+    return row | {"floor_us": layer_us(model.config, KINDS[kind], case.reads), "layers": count}
+
+
+def model_row(model: Model, config: Config, case: Case, found: dict[str, float]) -> dict[str, Any]:
+    """A whole step or prefill of the layers of `config`."""
+    tokens, seconds = case.reads.sequences if case.mode == "decode" else case.context, found["us"] / 1e6
+    row = {"id": f"{model.name} {config.num_hidden_layers} layers {case.of_model}"} | found
+    row |= {"floor_us": step_us(config, case.reads, case.drafts), "tokens_per_second": tokens / seconds}
+    if case.drafts:
+        row["tokens_per_second_if_all_stand"] = tokens * (1 + case.drafts) / seconds
+    return row
+
+
+def scaled(
+    model: Model, found: dict[str, float], layers: dict[str, dict[str, float]]
+) -> tuple[dict[str, float], str]:
+    """All layers of the released model, and in words how that follows from those measured."""
+    names = ("us", "us_kernels", "us_host", "launches")
+    total, words = {name: found[name] for name in names}, []
+    for kind, row in layers.items():
+        counts = (each.main_ratios.count(KINDS[kind]) for each in (model.whole, model.config))
+        lacking = next(counts) - next(counts)
+        total = {name: total[name] + lacking * row[name] for name in names}
+        words.append(f"{lacking:+d} {kind} of {row['us']:.1f}")
+    return total, f"{model.config.num_hidden_layers} layers took {found['us']:.0f} us; {', '.join(words)}"
+
+
+def rounded(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: round(value, 2) if isinstance(value, float) else value for name, value in row.items()}
+
+
+def shown(row: dict[str, Any]) -> str:
+    us, kernels, floor = row["us"], row["us_kernels"], row["floor_us"]
+    return (
+        f"{row['id']}: {us:.1f} us, floor {floor:.1f} ({floor / us:.0%}); kernels {kernels:.1f} in"
+        f" {row['launches']:.0f} launches, outside {us - kernels:.1f}; starting it {row['us_host']:.1f}"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """Seconds from `begun` on, and bytes of device memory beside the parameters.
+
+    Compiling has 60% of the seconds: what has not begun by then is left out.
+    """
+
+    seconds: float
+    nbytes: float
+    begun: float
+
+    @property
+    def passed(self) -> float:
+        return time.perf_counter() - self.begun
+
+    def fits(self, work: Work, nbytes: int) -> bool:
+        """Whether there is room for it; says so if not."""
+        if nbytes > self.nbytes:
+            gb = f"{nbytes / 1e9:.1f} GB beside the parameters, {max(self.nbytes, 0) / 1e9:.1f} are free"
+            print(f"{work.name}: left out, takes {gb}", flush=True)
+        return nbytes <= self.nbytes
+
+    def prepare(self, work: Work, implementation: str | None) -> Prepared | None:
+        """None if time is up."""
+        return prepare(work, implementation) if self.passed < 0.6 * self.seconds else None
+
+
+Jobs = list[tuple[Work, Future[Prepared | None]]]
+
+
+def measure_case(
+    model: Model, case: Case, jobs: Jobs, budget: Budget, profile: bool
+) -> tuple[list[dict[str, Any]], int]:
+    """The rows of a case whose programs these are, and how many of them failed."""
+    rows, layers, whole, wrong = [], {}, None, 0
+    for work, future in jobs:
+        try:
+            prepared = future.result()
+            if prepared is None or budget.passed > budget.seconds:
+                print(f"{work.name}: left out, {budget.passed:.0f} s have passed", flush=True)
+                continue
+            if not budget.fits(work, state_bytes(work) + prepared.temp_bytes):
+                continue
+            found = measure(work, prepared, profile)
+        except Exception as error:  # one program's failure leaves the others their turn
+            wrong += 1
+            print(f"{work.name}: {type(error).__name__} {str(error)[:300]}", flush=True)
+            continue
+        if work.kind == "model":
+            seconds = {"trace_s": prepared.trace_s, "compile_s": prepared.compile_s}
+            rows.append(whole := model_row(model, model.config, case, found | seconds))
+        else:
+            rows.append(layer_row(model, case, work.kind, found))
+            layers[work.kind] = rows[-1]
+        print(f"{shown(rows[-1])}\n  {prepared}, first run {found['first_run_s']:.1f} s", flush=True)
+    if whole is not None and set(layers) == set(model.kinds):
+        total, words = scaled(model, whole, layers)
+        rows.append(model_row(model, model.whole, case, total) | {"scaled": words})
+        print(f"{shown(rows[-1])}\n  {words}", flush=True)
+    return rows, wrong
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    begun = time.perf_counter()
+    cases = list(dict.fromkeys(options.cases))
+    model = Model.made_up(options.model, options.layers_of_each, mtp=any(case.drafts for case in cases))
+    weights = size_bytes(jax.block_until_ready((model.params, model.mtp_params)))
+    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", float("inf"))
+    budget = Budget(options.seconds, min(limit, options.memory_gb * 1e9) - weights, begun)
+    count = model.config.num_hidden_layers
+    print(f"# {count} layers, {weights / 1e9:.2f} GB of parameters; {budget.passed:.0f} s", flush=True)
+
+    # All are compiled before any is timed: a compiling host disturbs the clock.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        jobs = [
+            (work, pool.submit(budget.prepare, work, options.implementation))
+            for case in cases
+            for work in works(model, case, min(options.piece, case.context))
+            if work.kind in options.kinds and budget.fits(work, planned_bytes(work))
+        ]
+    print(f"# compiled; {budget.passed:.0f} s", flush=True)
+
+    here, wrong = facts() | {"implementation": options.implementation or "default"}, 0
+    for case in cases:
+        of_case = [job for job in jobs if job[0].case == case]
+        rows, failed = measure_case(model, case, of_case, budget, options.profile)
+        wrong += failed
+        more = here | ({"piece": min(options.piece, case.context)} if case.mode == "prefill" else {})
+        if options.results:
+            save([rounded(row) | more for row in rows], options.results)
+    peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
+    print(f"# done; {budget.passed:.0f} s, peak {peak / 1e9:.1f} GB", flush=True)
+    return 1 if wrong else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", choices=list(PRESETS), default="flash")
+    parser.add_argument(
+        "--layers-of-each", type=int, default=4, help="as many of a kind as there are, at most"
+    )
+    parser.add_argument("--cases", type=Case.parse, nargs="+", default=[Case.parse(each) for each in CASES])
+    kinds = ["model", *KINDS]
+    parser.add_argument(
+        "--kinds", choices=kinds, nargs="+", default=kinds, help="all make the row of all layers"
+    )
+    parser.add_argument(
+        "--piece", type=int, default=PIECES[-1], help="tokens of a prompt that are read at once"
+    )
+    parser.add_argument("--implementation", help="as the command line's option; by default the fastest")
+    parser.add_argument("--seconds", type=float, default=85, help="begin no new case after so long")
+    parser.add_argument(
+        "--memory-gb", type=float, default=float("inf"), help="plan with no more than so much"
+    )
+    parser.add_argument("--profile", action="store_true", help="print the kernels of each program")
+    parser.add_argument("--results", type=Path, help="JSON file to add rows to")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

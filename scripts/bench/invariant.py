@@ -1,0 +1,187 @@
+#!/usr/bin/env python3
+"""What `invariant` promises, held on this device, and what it costs: three layers of Flash, made-up weights.
+
+For each number of slots four engines answer the same prompts: with and without `invariant`, with and without
+drafts. The two that are invariant must agree in every bit of tokens and logprobs, with each other and with
+prompts that are asked alone; how many answers of the other two agree is told. Then each engine's decode step
+is timed with all slots under way; made-up drafts hardly ever stand, so a step brings one token a slot.
+`generate` is held to the same with the first number of slots. All compiles at once, in threads. On one H200:
+
+  python scripts/bench/invariant.py --slots 1 8 --results scripts/bench/results/h200.json
+  python scripts/bench/invariant.py --slots 32 128 --results scripts/bench/results/h200.json
+
+Without a GPU `--model tiny --slots 2` tries it out. Exit code 1: a bit differed that must not.
+"""
+
+import argparse
+import dataclasses
+import statistics
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from harness import facts, save
+from made_up import made_up_params
+
+from dsv4_jax.checkpoint.load import LoadedModel
+from dsv4_jax.config import FLASH, TINY, Config
+from dsv4_jax.decode import Requests
+from dsv4_jax.engine import Engine
+from dsv4_jax.generate import generate
+from dsv4_jax.numerics import OFFICIAL
+from dsv4_jax.sampling import SamplingParams
+
+CONFIGS = {
+    "flash": dataclasses.replace(FLASH, num_hidden_layers=3, compress_ratios=(0, 4, 128, 0)),
+    "tiny": TINY,
+}
+MAX_LEN, NEW, MOST_ASKED = 1024, 16, 32
+TIMED_STEPS = 30
+
+Bits = tuple[list[int], list[float]]
+
+
+def greedy(max_tokens: int) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+
+
+def prompts(config: Config, count: int) -> list[list[int]]:
+    """Of 1 to 700 tokens: shorter and longer than a piece."""
+    random = np.random.default_rng(0)
+    return [random.integers(2, config.vocab_size, random.integers(1, 700)).tolist() for _ in range(count)]
+
+
+def engines(model: LoadedModel, slots: int, drafts: int, invariant: bool) -> list[Engine]:
+    """Without drafts and with, warm. One after the other: those that are invariant share programs."""
+    made = []
+    for k in (0, drafts):
+        sizes: dict[str, Any] = {"slots": slots, "max_len": MAX_LEN, "draft_tokens": k}
+        engine = Engine(model, numerics=OFFICIAL, invariant=invariant, pieces=(512,), **sizes)
+        engine.warm_up()
+        made.append(engine)
+    return made
+
+
+def answers(engine: Engine, asked: list[list[int]]) -> list[Bits]:
+    numbers = [engine.add(ids, greedy(NEW)) for ids in asked]
+    found: dict[int, Bits] = {number: ([], []) for number in numbers}
+    for event in engine.run():
+        found[event.request][0].extend(event.token_ids)
+        found[event.request][1].extend(event.logprobs)
+    return [found[number] for number in numbers]
+
+
+def step_us(engine: Engine) -> float:
+    """Median microseconds of a decode step with all slots under way."""
+    numbers = [engine.add([number + 2] * 32, greedy(700)) for number in range(engine.slots)]
+    for _ in range(engine.slots + 5):  # a prompt is read in each
+        engine.step()
+    times = []
+    for _ in range(3):
+        jax.block_until_ready(engine._sequences)
+        started = time.perf_counter()
+        for _ in range(TIMED_STEPS):
+            engine.step()
+        jax.block_until_ready(engine._sequences)
+        times.append(time.perf_counter() - started)
+    for number in numbers:
+        engine.cancel(number)
+    for _ in engine.run():
+        pass
+    return statistics.median(times) / TIMED_STEPS * 1e6
+
+
+def generated(model: LoadedModel, asked: list[list[int]], width: int, k: int) -> list[Bits]:
+    """What `generate` gives, with prompts padded to `width`."""
+    ids = np.zeros((len(asked), width), np.int32)
+    for row, prompt in enumerate(asked):
+        ids[row, : len(prompt)] = prompt
+    rows = generate(
+        model.config,
+        OFFICIAL,
+        model.params,
+        ids,
+        np.array([len(prompt) for prompt in asked], np.int32),
+        Requests.stack([greedy(NEW)] * len(asked)),
+        max_new=NEW,
+        max_len=MAX_LEN,
+        mtp_params=model.mtp_params if k else None,
+        draft_tokens=k,
+        invariant=True,
+    )
+    return list(zip(np.asarray(rows.tokens).tolist(), np.asarray(rows.logprobs).tolist(), strict=True))
+
+
+def same(found: list[Bits], expected: list[Bits]) -> int:
+    return sum(each == other for each, other in zip(found, expected, strict=True))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", choices=list(CONFIGS), default="flash")
+    parser.add_argument("--slots", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--drafts", type=int, default=2)
+    parser.add_argument("--results", type=Path, help="JSON file to add rows to")
+    arguments = parser.parse_args()
+
+    config, drafts = CONFIGS[arguments.model], arguments.drafts
+    params, mtp_params = made_up_params(config, mtp=True)
+    model = LoadedModel(config, params, mtp_params, None)
+    jax.block_until_ready(params)
+    rows, wrong = [], 0
+    started = time.perf_counter()
+    first = prompts(config, arguments.slots[0])
+    with ThreadPoolExecutor() as pool:
+        made = {
+            (slots, invariant): pool.submit(engines, model, slots, drafts, invariant)
+            for slots in arguments.slots
+            for invariant in (False, True)
+        }
+        loops = [pool.submit(generated, model, first, width, k) for width, k in ((700, 0), (900, drafts))]
+    agree = same(*(loop.result() for loop in loops))
+    wrong += agree < len(first)
+    print(f"compiled in {time.perf_counter() - started:.0f} s", flush=True)
+    print(f"generate, B={len(first)}: {agree} of {len(first)} rows agree with and without drafts", flush=True)
+
+    for slots in arguments.slots:
+        asked = prompts(config, min(2 * slots + 1, MOST_ASKED))
+        plain, drafting = made[slots, True].result()
+        expected = answers(plain, asked)
+        agree = {
+            "alone": same([answers(plain, [ids])[0] for ids in asked[:4]], expected[:4]) + len(asked[4:]),
+            f"k={drafts}": same(answers(drafting, asked), expected),
+        }
+        wrong += sum(count < len(asked) for count in agree.values())
+        default = [answers(engine, asked) for engine in made[slots, False].result()]
+        said = ", ".join(f"{name} {count}" for name, count in agree.items())
+        print(
+            f"B={slots}: of {len(asked)} answers agree: invariant {said};"
+            f" without it k={drafts} {same(default[1], default[0])}",
+            flush=True,
+        )
+        for invariant in (False, True):
+            for k, engine in zip((0, drafts), made[slots, invariant].result(), strict=True):
+                us = step_us(engine)
+                mode = "invariant" if invariant else "default"
+                print(f"B={slots} k={k} {mode}: {us / 1e3:.2f} ms a step", flush=True)
+                layers = f"model {arguments.model} {config.num_hidden_layers} layers"
+                name = f"{layers} engine step B={slots} k={k}"
+                rows.append({"id": name, "implementation": mode, "us": round(us, 1)} | facts())
+        for key in ((slots, False), (slots, True)):
+            del made[key]  # their caches
+    if arguments.results:
+        save(rows, arguments.results)
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
