@@ -7,7 +7,7 @@ that is set back (a rejected draft, a retry) simply writes the same slots again.
 """
 
 import dataclasses
-from typing import Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,8 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from dsv4_jax.config import Config
 from dsv4_jax.numerics import Numerics
-from dsv4_jax.sharding import constrain
+from dsv4_jax.parallel import Along
+from dsv4_jax.sharding import constrain, ways_of
 
 
 @jax.tree_util.register_dataclass
@@ -65,7 +66,10 @@ class CompressedCache:
     ) -> Self:
         channels, rows = (2 * head_dim, 2 * ratio) if overlap else (head_dim, ratio)
         kv, score = (RecentRows.zeros(batch, rows + max_draft, channels, jnp.float32) for _ in range(2))
-        return cls(_zeros(batch, -(-max_len // ratio), head_dim, dtype), kv, score)
+        # Entries that an indexer chooses from may be split over devices, each of which has as many.
+        axis, parts = ("cache_slots", ways_of("cache_slots")) if overlap else (None, 1)
+        slots = -(-max_len // (ratio * parts)) * parts
+        return cls(_zeros(batch, slots, head_dim, dtype, axis), kv, score)
 
     def write(
         self,
@@ -73,7 +77,7 @@ class CompressedCache:
         entry: Int32[Array, "batch count"],
         complete: Bool[Array, "batch count"],
     ) -> Self:
-        """Stores those `entries` that are complete at their index `entry`."""
+        """Stores those `entries` that are complete at their index `entry`, if there is a slot for it here."""
         return dataclasses.replace(self, entries=_scatter(self.entries, entries, entry, complete))
 
     def write_raw(
@@ -112,6 +116,19 @@ class LayerCache:
         index = CompressedCache.zeros(*shape, config.index_head_dim, dtype) if overlap else None
         return cls(window, compressed, index)
 
+    @property
+    def axes(self) -> Any:
+        """How each array is split, in a tree like this one."""
+        along = jax.tree.map(lambda _: Along("batch"), self)
+        if self.index is None:
+            return along
+        chosen = Along("batch", "cache_slots")
+        return dataclasses.replace(
+            along,
+            compressed=dataclasses.replace(along.compressed, entries=chosen),
+            index=dataclasses.replace(along.index, entries=chosen),
+        )
+
 
 Cache = tuple[LayerCache, ...]
 
@@ -129,8 +146,8 @@ def make_cache(config: Config, numerics: Numerics, *, batch: int, max_len: int, 
     )
 
 
-def _zeros(batch: int, slots: int, channels: int, dtype) -> jax.Array:
-    return constrain(jnp.zeros((batch, slots, channels), dtype), "batch", "cache_slots", "head_dim")
+def _zeros(batch: int, slots: int, channels: int, dtype, axis: str | None = None) -> jax.Array:
+    return constrain(jnp.zeros((batch, slots, channels), dtype), "batch", axis, None)
 
 
 def _scatter(
@@ -139,7 +156,7 @@ def _scatter(
     slot: Int32[Array, "batch count"],
     keep: Bool[Array, "batch count"],
 ) -> Float[Array, "batch slots channels"]:
-    """Row (b, i) to slot (b, i) where it is to be kept; a slot past the end is dropped."""
-    slot = jnp.where(keep, slot, into.shape[1])
+    """Row (b, i) to slot (b, i) where it is to be kept; one for which there is no slot is dropped."""
+    slot = jnp.where(keep & (slot >= 0), slot, into.shape[1])
     batch = jnp.arange(into.shape[0])[:, None]
     return into.at[batch, slot].set(rows.astype(into.dtype), mode="drop")

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
+from dsv4_jax import vocabulary
 from dsv4_jax.cache import Cache, LayerCache
 from dsv4_jax.model import Transformer
 from dsv4_jax.mtp import MTPHead
@@ -277,7 +278,7 @@ def _added(
     """The new tokens up to an EOS, to the row's maximum, or to logits that are no numbers."""
     place = jnp.arange(tokens.shape[1])
     finite = jnp.isfinite(found.logits).all(-1)
-    chosen = jnp.take_along_axis(found.logits, tokens[..., None], axis=-1)[..., 0]
+    chosen = vocabulary.pick(found.logits, tokens)
     fit = jnp.minimum(standing + 1, requests.max_tokens - sequences.count)
     fit = jnp.where(sequences.done, 0, fit)
     sound = jnp.cumprod(finite.astype(jnp.int32), axis=1).sum(1, dtype=jnp.int32)

@@ -53,7 +53,7 @@ from dsv4_jax.mtp import bind_mtp, make_mtp_cache
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.prefix import PrefixCache, PromptState, put_block, take_block
 from dsv4_jax.sampling import SamplingParams
-from dsv4_jax.sharding import constrain
+from dsv4_jax.sharding import constrain, on_mesh
 from pallas_kernels.dispatch import choose
 
 # Tokens of a prompt that are read at once: as many of these as are left of it, or the fewest.
@@ -278,8 +278,7 @@ class Engine:
 
     def _context(self) -> ExitStack:
         stack = ExitStack()
-        if self.model.mesh:
-            stack.enter_context(jax.set_mesh(self.model.mesh))
+        stack.enter_context(on_mesh(self.model.mesh, self.model.rules))
         stack.enter_context(choose(self.implementation))
         return stack
 

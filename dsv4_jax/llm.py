@@ -21,7 +21,7 @@ from dsv4_jax.errors import MemoryPlanError, RequestError
 from dsv4_jax.numerics import OFFICIAL, Numerics
 from dsv4_jax.prompts import check_prompt
 from dsv4_jax.sampling import SamplingParams
-from dsv4_jax.sharding import parameter_sharding
+from dsv4_jax.sharding import DEFAULT_RULES, Placement, Rules, check_mesh, find_rules, placements
 from dsv4_jax.tokenizer import Tokenizer
 from pallas_kernels.dispatch import parse_choice
 
@@ -135,6 +135,7 @@ class LLM:
         numerics: Numerics = OFFICIAL,
         implementation: str | None = None,
         mesh: Mesh | None = None,
+        rules: Rules | str = DEFAULT_RULES,
         verify: Verify = "header",
         strict: bool = False,
         progress: bool = False,
@@ -154,8 +155,16 @@ class LLM:
         """
         _check_implementation(implementation)
         _check_draft_tokens(draft_tokens)
-        _check_room(Config.from_pretrained(folder), mesh, mtp=draft_tokens > 0)
-        model = load(folder, mtp=draft_tokens > 0, mesh=mesh, verify=verify, strict=strict, progress=progress)
+        _check_room(Config.from_pretrained(folder), mesh, rules, mtp=draft_tokens > 0)
+        model = load(
+            folder,
+            mtp=draft_tokens > 0,
+            mesh=mesh,
+            rules=rules,
+            verify=verify,
+            strict=strict,
+            progress=progress,
+        )
         has_text = Tokenizer.exists(folder)
         tokenizer = Tokenizer.from_pretrained(folder, model.config.vocab_size) if has_text else None
         return cls(
@@ -359,15 +368,18 @@ def _check_implementation(implementation: str | None) -> None:
         raise RequestError(str(error)) from None
 
 
-def _check_room(config: Config, mesh: Mesh | None, *, mtp: bool) -> None:
+def _check_room(config: Config, mesh: Mesh | None, rules: Rules | str, *, mtp: bool) -> None:
     """Refuses parameters that do not fit a device, in the formats that the released checkpoints have."""
     needed, free = 0, free_bytes()
+    if mesh is not None:
+        check_mesh(config, mesh.shape, find_rules(rules))
     for parameter in parameters(config, mtp=mtp):
         leaves = jax.tree.leaves(parameter.value)
         shapes = [leaf.shape for leaf in leaves]
         if mesh is not None:
-            shardings = jax.tree.leaves(parameter_sharding(mesh, parameter.axes, parameter.value))
-            shapes = [each.shard_shape(shape) for each, shape in zip(shardings, shapes, strict=True)]
+            places = placements(config, mesh, find_rules(rules), parameter.axes, parameter.value)
+            found = jax.tree.leaves(places, is_leaf=lambda each: isinstance(each, Placement))
+            shapes = [place.sharding.shard_shape(place.shape) for place in found]
         pairs = zip(leaves, shapes, strict=True)
         needed += sum(math.prod(shape) * leaf.dtype.itemsize for leaf, shape in pairs)
     if free is not None and needed > free:

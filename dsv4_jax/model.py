@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32
 
+from dsv4_jax import parallel
 from dsv4_jax.cache import Cache, LayerCache
 from dsv4_jax.config import Config
 from dsv4_jax.nn.block import Block
@@ -16,7 +17,7 @@ from dsv4_jax.nn.linear import PlainLinear
 from dsv4_jax.nn.norm import RMSNorm
 from dsv4_jax.nn.parameter import parameter
 from dsv4_jax.numerics import Numerics
-from dsv4_jax.sharding import constrain
+from dsv4_jax.parallel import Along, spread
 
 Params = dict[Any, Any]  # nested, keyed by attribute and layer; leaves are arrays and QuantArrays
 
@@ -28,8 +29,17 @@ class Embedding(nnx.Module):
         self.weight = parameter((config.vocab_size, config.hidden_size), jnp.bfloat16, "vocab", "hidden")
         self.dtype = numerics.dtype
 
-    def __call__(self, ids: Int32[Array, "*tokens"]) -> Float[Array, "*tokens M"]:
-        return self.weight.get_value()[ids].astype(self.dtype)
+    def __call__(self, ids: Int32[Array, "B *tokens"]) -> Float[Array, "B *tokens M"]:
+        return spread(Embedding._look_up, (self,), ((ids, Along("batch")),), Along("batch"))
+
+    def _look_up(self, ids: Int32[Array, "B *tokens"]) -> Float[Array, "B *tokens M"]:
+        rows = self.weight.get_value()
+        here = ids - parallel.part("vocab") * rows.shape[0]
+        found = rows[here].astype(self.dtype)  # of an id that is not here: any row
+        if parallel.parts("vocab") > 1:
+            mine = (here >= 0) & (here < rows.shape[0])
+            found = parallel.total(jnp.where(mine[..., None], found, 0), "vocab")
+        return found
 
 
 class Transformer(nnx.Module):
@@ -69,21 +79,34 @@ class Transformer(nnx.Module):
         """
         x = self.embed(ids)
         streams = jnp.broadcast_to(x[:, :, None], (*ids.shape, self.hc_mult, x.shape[-1]))
-        streams = constrain(streams, "batch", "tokens", "streams", "hidden")
         new_cache = []
         for block, layer_cache in zip(self.layers, cache, strict=True):
             streams, layer_cache = run_block(block, streams, ids, position, length, layer_cache)
             new_cache.append(layer_cache)
         return streams, tuple(new_cache)
 
-    def logits(self, streams: Float[Array, "*tokens X M"]) -> Float32[Array, "*tokens V"]:
+    def logits(self, streams: Float[Array, "B *tokens X M"]) -> Float32[Array, "B *tokens V"]:
         """Next-token logits from the streams of `__call__`."""
-        return self.head(self.norm(self.hc_head(streams)))
+        return logits(self.hc_head, self.norm, self.head, streams)
+
+
+def logits(
+    hc_head: HyperHead, norm: RMSNorm, head: PlainLinear, streams: Float[Array, "B *tokens X M"]
+) -> Float32[Array, "B *tokens V"]:
+    """Streams to logits; on a mesh each device has those of its own part of the vocabulary."""
+
+    def read(hc_head, norm, head, streams):
+        return head(norm(hc_head(streams)))
+
+    out = Along("batch", *[None] * (streams.ndim - 3), "vocab")
+    return spread(read, (hc_head, norm, head), ((streams, Along("batch")),), out)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _run_block(graphdef, params, streams, ids, position, length, cache):
-    return nnx.merge(graphdef, params)(streams, ids, position, length, cache)
+    block, rows = nnx.merge(graphdef, params), Along("batch")
+    arguments = (streams, rows), (ids, rows), (position, rows), (length, rows), (cache, cache.axes)
+    return spread(Block.__call__, (block,), arguments, (rows, cache.axes))
 
 
 def run_block(

@@ -7,12 +7,13 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from dsv4_jax.cache import LayerCache
 from dsv4_jax.config import Config
-from dsv4_jax.model import Params, Transformer, run_block
+from dsv4_jax.model import Params, Transformer, logits, run_block
 from dsv4_jax.nn.block import Block
 from dsv4_jax.nn.hyper_connection import HyperHead
 from dsv4_jax.nn.linear import Linear
 from dsv4_jax.nn.norm import RMSNorm
 from dsv4_jax.numerics import Numerics
+from dsv4_jax.parallel import Along, spread
 
 
 class MTPHead(nnx.Module):
@@ -49,13 +50,26 @@ class MTPHead(nnx.Module):
           next_ids: the token that follows each of these positions.
           position, length, cache: as in `Transformer.__call__`; the cache is a window of the head's own.
         """
-        token = self.e_proj(self.enorm(model.embed(next_ids)))
-        mixed = token[:, :, None] + self.h_proj(self.hnorm(streams))
-        return run_block(self.block, mixed.astype(streams.dtype), next_ids, position, length, cache)
+        modules = self.enorm, self.e_proj, self.hnorm, self.h_proj
+        arguments = (model.embed(next_ids), Along("batch")), (streams, Along("batch"))
+        mixed = spread(_mix, modules, arguments, Along("batch"))
+        return run_block(self.block, mixed, next_ids, position, length, cache)
 
     def logits(self, model: Transformer, streams: Float[Array, "*tokens X M"]) -> Float32[Array, "*tokens V"]:
         """Draft logits from the streams of `__call__`."""
-        return model.head(self.norm(self.hc_head(streams)))
+        return logits(self.hc_head, self.norm, model.head, streams)
+
+
+def _mix(
+    enorm: RMSNorm,
+    e_proj: Linear,
+    hnorm: RMSNorm,
+    h_proj: Linear,
+    token: Float[Array, "B T M"],
+    streams: Float[Array, "B T X M"],
+) -> Float[Array, "B T X M"]:
+    """What the head's block reads."""
+    return (e_proj(enorm(token))[:, :, None] + h_proj(hnorm(streams))).astype(streams.dtype)
 
 
 @functools.cache

@@ -1,10 +1,12 @@
 """How the next token is chosen: temperature, min-p, top-k, top-p, then one draw per row.
 
 A row's draw follows from its own seed and step alone, so a request gives the same text whatever else
-shares its batch.
+shares its batch. On a mesh each device has the logits of its own part of the vocabulary, and they stay there:
+devices tell each other a few numbers a row.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from typing import Any, Literal, Self
@@ -14,7 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
+from dsv4_jax import parallel, vocabulary
 from dsv4_jax.errors import RequestError
+from dsv4_jax.parallel import Along, spread
+from dsv4_jax.vocabulary import most_likely
 
 # Below the smallest normal float32 a division may flush to zero, so such a temperature counts as 0.
 LOWEST_TEMPERATURE = float(np.finfo(np.float32).tiny)
@@ -103,6 +108,13 @@ def sample(
     Returns:
       tokens, and their log-probabilities in nats under the untempered, untruncated model.
     """
+    arguments = (logits, vocabulary.ROWS), (sampling, Along("batch")), (step, Along("batch"))
+    return spread(_sample, (), arguments, Along("batch"))
+
+
+def _sample(
+    logits: Float32[Array, "B V"], sampling: SamplingArrays, step: Int32[Array, "B"]
+) -> tuple[Int32[Array, "B"], Float32[Array, "B"]]:
     tokens = jax.lax.cond(
         all_greedy(sampling),
         lambda: most_likely(logits),
@@ -113,7 +125,9 @@ def sample(
 
 def logprobs_of(logits: Float32[Array, "*rows V"], tokens: Int32[Array, "*rows"]) -> Float32[Array, "*rows"]:
     """Log-probabilities of tokens, in nats, under the untempered, untruncated model."""
-    return jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], axis=-1)[..., 0]
+    below_best = logits - vocabulary.largest(logits)
+    log_total = jnp.log(parallel.total(jnp.exp(below_best).sum(-1), vocabulary.AXIS))
+    return vocabulary.at(below_best, tokens) - log_total
 
 
 def truncated_logits(logits: Float32[Array, "B V"], sampling: SamplingArrays) -> Float32[Array, "B V"]:
@@ -125,15 +139,18 @@ def truncated_logits(logits: Float32[Array, "B V"], sampling: SamplingArrays) ->
     """
     greedy = _is_greedy(sampling)
     # Against the best logit, so that a small temperature reaches -inf at worst, never inf - inf.
-    below_best = logits - jnp.max(logits, axis=-1, keepdims=True)
+    below_best = logits - vocabulary.largest(logits)
     tempered = below_best / jnp.where(greedy, 1.0, sampling.temperature)[:, None]
+    kept = functools.partial(
+        vocabulary.kept, top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p
+    )
     truncates = (sampling.top_k > 0) | (sampling.top_p < 1) | (sampling.min_p > 0)
     truncated = jax.lax.cond(
         jnp.any(truncates & ~greedy),
-        lambda: jnp.where(_kept(tempered, sampling), tempered, -jnp.inf),
+        lambda: jnp.where(kept(tempered), tempered, -jnp.inf),
         lambda: tempered,
     )
-    is_best = jnp.arange(logits.shape[-1]) == most_likely(logits)[:, None]
+    is_best = vocabulary.ids(logits) == most_likely(logits)[:, None]
     return jnp.where(greedy[:, None], jnp.where(is_best, 0.0, -jnp.inf), truncated)
 
 
@@ -144,32 +161,6 @@ def all_greedy(sampling: SamplingArrays) -> Bool[Array, ""]:
 
 def _is_greedy(sampling: SamplingArrays) -> Bool[Array, "B"]:
     return sampling.temperature < LOWEST_TEMPERATURE
-
-
-def most_likely(logits: Float32[Array, "*rows V"]) -> Int32[Array, "*rows"]:
-    """The best token of each row, the smaller id of a tie."""
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)  # the first, hence the smaller id, of equals
-
-
-def _kept(logits: Float32[Array, "B V"], sampling: SamplingArrays) -> Bool[Array, "B V"]:
-    """Which tokens min-p, top-k and top-p leave. Expects the best logit of each row to be 0."""
-    V = logits.shape[-1]
-    ids_BV = jnp.broadcast_to(jnp.arange(V, dtype=jnp.int32), logits.shape)
-    negated_BV, order_BV = jax.lax.sort((-logits, ids_BV), num_keys=1, is_stable=True)
-    sorted_BV = -negated_BV
-
-    top_k = jnp.where(sampling.top_k > 0, sampling.top_k, V)
-    keep_BV = (ids_BV < top_k[:, None]) & (sorted_BV >= jnp.log(sampling.min_p)[:, None])
-    p_BV = jax.nn.softmax(jnp.where(keep_BV, sorted_BV, -jnp.inf))
-    mass_before_BV = jnp.cumsum(p_BV, axis=-1) - p_BV
-    # At 1 it is off by its own test: rounding in the sum must not cost such a row its tail.
-    keep_BV &= (mass_before_BV < sampling.top_p[:, None]) | (sampling.top_p >= 1)[:, None]
-
-    # All three keep a prefix of the sorted row, so its last token is the whole answer: no scatter.
-    last = jnp.maximum(jnp.sum(keep_BV, axis=-1, keepdims=True), 1) - 1
-    cut = jnp.take_along_axis(sorted_BV, last, axis=-1)
-    cut_id = jnp.take_along_axis(order_BV, last, axis=-1)
-    return (logits > cut) | ((logits == cut) & (ids_BV <= cut_id))
 
 
 # What a row's random numbers are for; each purpose has a stream of its own.
@@ -193,7 +184,9 @@ def draw(
 
     def noise(seed, step) -> Float32[Array, "V"]:
         # "high": the default's 23 bits are too few to rank the likely winners among 129280 tokens.
-        return jax.random.gumbel(_key(seed, step, purpose), logits.shape[-1:], jnp.float32, mode="high")
+        size = logits.shape[-1] * parallel.parts(vocabulary.AXIS)
+        whole = jax.random.gumbel(_key(seed, step, purpose), (size,), jnp.float32, mode="high")
+        return vocabulary.own_part(whole)
 
     return most_likely(logits + jax.vmap(noise)(seed, step))
 

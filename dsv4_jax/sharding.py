@@ -1,12 +1,18 @@
 """Logical axes to mesh axes: the only place that knows what a mesh looks like.
 
-Parameters, caches and activations name their axes ("heads", "experts", ...); RULES says over which axes of
-the mesh each is split. XLA does the rest. To lay the model out differently, edit the table or pass another.
+Parameters, caches and activations name their axes ("heads", "experts", ...); a table of RULES says over which
+axes of the mesh each is split. To lay the model out differently, name another table or write one.
+
+A device's part is a whole matrix in its own right: quantised weights are split between their blocks, never
+inside of one. Where the blocks of a dimension do not come out even, the last devices have fewer of them, or
+none, and zeros in their place: 3,072 rows on 16 devices are two blocks of 128 on twelve of them.
 """
 
+import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -15,42 +21,125 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from dsv4_jax.config import Config
 from dsv4_jax.errors import EXIT_USAGE, MemoryPlanError
 from pallas_kernels import QuantArray
+from pallas_kernels.formats import FORMATS
 
 MESH_AXES = ("data", "expert", "tensor")
+_FLAGS = {"data": "dp", "expert": "ep", "tensor": "tp"}
+BLOCK = 128  # numbers of a weight, or of an activation, that share a scale: no device has a part of these
 
-Rules = Mapping[str, str | tuple[str, ...] | None]
+Axes = tuple[str, ...]
+_ALL: Axes = ("expert", "tensor")  # all devices that work on the same tokens
 
-# None means replicated.
-RULES: Rules = {
-    "batch": "data",
-    "tokens": None,
-    "vocab": ("expert", "tensor"),
-    "hidden": None,
-    "streams": None,
-    "q_lora": None,
-    "heads": "tensor",  # heads * head_dim too: consecutive heads stay together
-    "head_dim": None,
-    "o_groups": "tensor",  # groups of heads, so they split with heads
-    "o_lora": None,
-    "experts": "expert",
-    "expert_hidden": "tensor",
-    "index_heads": None,  # every device chooses the same entries
-    "cache_slots": None,  # one key-value head: nothing to split
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """Over which axes of the mesh each logical axis is split; () leaves it whole on every device.
+
+    The defaults are those of the table "tp+ep".
+    """
+
+    batch: Axes = ("data",)
+    tokens: Axes = ()
+    vocab: Axes = _ALL
+    hidden: Axes = ()
+    streams: Axes = ()
+    q_lora: Axes = ()
+    heads: Axes = _ALL  # heads * head_dim too: consecutive heads stay together
+    head_dim: Axes = ()
+    o_groups: Axes = _ALL  # groups of heads, so they split with heads
+    o_lora: Axes = ()
+    experts: Axes = ("expert",)
+    expert_hidden: Axes = ("tensor",)
+    shared_hidden: Axes = _ALL
+    index_heads: Axes = ()  # every device chooses the same entries
+    cache_slots: Axes = ()  # of entries that an indexer chooses from; one key-value head: nothing else to split
+
+
+RULES: Mapping[str, Rules] = {
+    "tp+ep": Rules(),
+    "tp": Rules(experts=(), expert_hidden=_ALL),
+    "ep": Rules(experts=_ALL, expert_hidden=()),
+    # Other tokens on every device of the expert axis: they travel to their experts and back.
+    "dp-attention": Rules(
+        batch=("data", "expert"),
+        vocab=("tensor",),
+        heads=("tensor",),
+        o_groups=("tensor",),
+        experts=_ALL,
+        expert_hidden=(),
+        shared_hidden=("tensor",),
+    ),
+    # For long contexts: every device keeps and searches its own part of the text.
+    "context": Rules(cache_slots=_ALL),
 }
+DEFAULT_RULES = "tp+ep"
+
+# The table in use beside the mesh of `jax.set_mesh`; part of the key of every cache of jax.jit, as the mesh is.
+_rules = jax.make_user_context(RULES[DEFAULT_RULES])
+
+_FEWER = ("batch", "vocab")  # split over fewer axes of the mesh where their size does not divide by all
+_BY_BLOCK = ("expert_hidden", "shared_hidden")  # split between blocks, and padded
 
 
-def spec(*axes: str | None, rules: Rules = RULES) -> PartitionSpec:
+def current_rules() -> Rules:
+    """The table that `on_mesh` set."""
+    return _rules.value
+
+
+@contextmanager
+def on_mesh(mesh: Mesh | AbstractMesh | None, rules: Rules | str = DEFAULT_RULES) -> Iterator[None]:
+    """In a `with`, lays out what is called or traced inside it over this mesh; None changes nothing."""
+    if mesh is None:
+        yield
+        return
+    with jax.set_mesh(mesh), _rules(find_rules(rules)):  # type: ignore[arg-type]
+        yield
+
+
+def find_rules(rules: Rules | str) -> Rules:
+    """The table of this name.
+
+    Raises:
+      MemoryPlanError: there is none; exit code 2.
+    """
+    if isinstance(rules, Rules):
+        return rules
+    if rules not in RULES:
+        raise MemoryPlanError(
+            f"no rules are called {rules!r}", hint=f"have {', '.join(RULES)}", exit_code=EXIT_USAGE
+        )
+    return RULES[rules]
+
+
+def spec(*axes: str | None, rules: Rules | None = None) -> PartitionSpec:
     """The PartitionSpec of an array whose dimensions are `axes`.
 
     Raises:
-      KeyError: an axis has no rule.
+      AttributeError: an axis has no rule.
       ValueError: two dimensions would be split over one mesh axis.
     """
-    mesh_axes = [None if axis is None else rules[axis] for axis in axes]
-    used = [name for axis in mesh_axes for name in ((axis,) if isinstance(axis, str) else axis or ())]
+    rules = rules or current_rules()
+    names = [() if axis is None else getattr(rules, axis) for axis in axes]
+    used = [name for each in names for name in each]
     if len(used) != len(set(used)):
-        raise ValueError(f"{axes} would split two dimensions over one mesh axis: {mesh_axes}")
-    return PartitionSpec(*mesh_axes)
+        raise ValueError(f"{axes} would split two dimensions over one mesh axis: {names}")
+    return PartitionSpec(*(each if len(each) > 1 else each[0] if each else None for each in names))
+
+
+def ways(axes: Axes, mesh_shape: Mapping[str, int]) -> int:
+    """Into how many parts these axes of the mesh split something."""
+    return math.prod(mesh_shape.get(name, 1) for name in axes)
+
+
+def resolve(rules: Rules, mesh_shape: Mapping[str, int], sizes: Mapping[str, int]) -> Rules:
+    """The rules for a batch or a vocabulary of these sizes, which need not divide by all their mesh axes."""
+    changes = {}
+    for axis, size in sizes.items():
+        names = getattr(rules, axis)
+        while size % ways(names, mesh_shape):
+            names = names[1:]
+        changes[axis] = names
+    return dataclasses.replace(rules, **changes)
 
 
 def make_mesh(dp: int = 1, ep: int = 1, tp: int = 1, *, devices: Sequence[Any] | None = None) -> Mesh:
@@ -70,62 +159,120 @@ def make_mesh(dp: int = 1, ep: int = 1, tp: int = 1, *, devices: Sequence[Any] |
     return Mesh(np.asarray(devices[:needed]).reshape(dp, ep, tp), MESH_AXES)
 
 
-def check_mesh(config: Config, mesh_shape: Mapping[str, int]) -> None:
-    """Refuses a mesh that does not divide the model, naming the sizes that do.
+def check_mesh(config: Config, mesh_shape: Mapping[str, int], rules: Rules) -> None:
+    """Refuses a mesh over which the model cannot be split, naming the sizes with which it can.
 
     Raises:
       MemoryPlanError: exit code 2.
     """
-    divided = {
-        "tensor": {
-            "num_attention_heads": config.num_attention_heads,
-            "o_groups": config.o_groups,
-            "moe_intermediate_size": config.moe_intermediate_size,
-        },
-        "expert": {"n_routed_experts": config.n_routed_experts},
-    }
-    flags = {"tensor": "tp", "expert": "ep"}
-    for axis, sizes in divided.items():
-        ways = mesh_shape.get(axis, 1)
-        wrong = [f"{name} {size}" for name, size in sizes.items() if size % ways]
-        if wrong:
-            common = math.gcd(*sizes.values())
-            legal = [str(n) for n in range(1, common + 1) if common % n == 0]
+    heads, groups, experts = config.num_attention_heads, config.o_groups, config.n_routed_experts
+
+    def splits_heads(parts: int) -> bool:
+        # A device has whole groups, or an equal part of one; both in blocks of wo_b's columns.
+        by_group = groups % parts == 0 or parts % groups == 0
+        in_blocks = parts == 1 or groups * config.o_lora_rank % (parts * BLOCK) == 0
+        return heads % parts == 0 and by_group and in_blocks
+
+    def splits_experts(parts: int) -> bool:
+        return experts % parts == 0
+
+    heads_of = f"num_attention_heads {heads} in o_groups {groups} (o_lora_rank {config.o_lora_rank})"
+    for axes, splits, what, most in (
+        (rules.heads, splits_heads, heads_of, heads),
+        (rules.experts, splits_experts, f"n_routed_experts {experts}", experts),
+    ):
+        parts = ways(axes, mesh_shape)
+        if not splits(parts):
+            names = " * ".join(_FLAGS[axis] for axis in axes)
+            legal = ", ".join(str(number) for number in range(1, most + 1) if splits(number))
             raise MemoryPlanError(
-                f"{flags[axis]}={ways} does not divide {', '.join(wrong)}",
-                hint=f"{flags[axis]} can be {', '.join(legal)}",
+                f"{names} = {parts} does not divide {what}",
+                hint=f"{names} can be {legal}",
                 exit_code=EXIT_USAGE,
             )
-    ways = mesh_shape.get("expert", 1) * mesh_shape.get("tensor", 1)
-    if config.vocab_size % ways:
-        raise MemoryPlanError(
-            f"tp * ep = {ways} does not divide vocab_size {config.vocab_size}",
-            hint="choose tp * ep to divide it",
-            exit_code=EXIT_USAGE,
-        )
 
 
-def _divisible(partition: PartitionSpec, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    """`partition` without the axes that do not divide `shape`, which stay whole on every device."""
-    kept = []
-    for axis, size in zip(partition, shape, strict=True):
-        names = (axis,) if isinstance(axis, str) else axis or ()
-        kept.append(axis if size % math.prod(mesh.shape[name] for name in names) == 0 else None)
-    return PartitionSpec(*kept)
+# --- parameters
 
 
-def named_sharding(mesh: Mesh, axes: Sequence[str | None], shape: tuple[int, ...]) -> NamedSharding:
-    """Where an array with these logical axes lies; a dimension that does not divide is replicated.
+class Placement(NamedTuple):
+    """Where one array of a checkpoint lies on a mesh.
 
-    The sizes that matter are refused by `check_mesh`; what is left are block scales, of which a small
-    model can have fewer than there are devices.
+    Attributes:
+      shape: of the whole, with what fills it up at the end of a dimension.
+      sharding: how it is split.
+      stored: its shape in the checkpoint.
+      pieces: how many devices share each slab of rows, each with an equal piece of the columns (see `source`).
     """
-    return NamedSharding(mesh, _divisible(spec(*axes), shape, mesh))
+
+    shape: tuple[int, ...]
+    sharding: NamedSharding
+    stored: tuple[int, ...]
+    pieces: int = 1
+
+    def source(self, index: tuple[slice, ...]) -> tuple[range, ...]:
+        """What of the stored array fills the beginning of the part at `index`; the rest is filling.
+
+        wo_a, split more finely than its groups: its devices are numbered by group, then by piece of the
+        group's columns, and its parts lie one below the other in that order.
+        """
+        if self.pieces == 1:
+            return tuple(range(size)[each] for size, each in zip(self.stored, index, strict=True))
+        rows = range(self.shape[0])[index[0]]
+        number = rows.start // len(rows)
+        group, piece = divmod(number, self.pieces)
+        width = self.shape[1]
+        return range(group * len(rows), (group + 1) * len(rows)), range(piece * width, (piece + 1) * width)
 
 
-def parameter_sharding(mesh: Mesh, axes: Sequence[str | None], value: jax.ShapeDtypeStruct | QuantArray):
-    """The sharding of one parameter, a tree like `value`: a quantised one's scale splits with its values."""
-    return jax.tree.map(lambda leaf: named_sharding(mesh, axes, leaf.shape), value)
+def placements(
+    config: Config,
+    mesh: Mesh,
+    rules: Rules,
+    axes: Sequence[str | None],
+    value: jax.ShapeDtypeStruct | QuantArray,
+) -> Any:
+    """The Placement of each array of a parameter, in a tree like `value`: a scale splits with its values."""
+    if not isinstance(value, QuantArray):
+        return _place(config, mesh, rules, axes, value.shape, (1, 1))
+    (rows, columns), packed = FORMATS[value.format].block, FORMATS[value.format].packed
+    return dataclasses.replace(
+        value,
+        values=_place(config, mesh, rules, axes, value.values.shape, (1, packed)),  # type: ignore[arg-type]
+        scale=_place(config, mesh, rules, axes, value.scale.shape, (rows, columns)),  # type: ignore[arg-type]
+    )
+
+
+def _place(
+    config: Config,
+    mesh: Mesh,
+    rules: Rules,
+    axes: Sequence[str | None],
+    stored: tuple[int, ...],
+    numbers: tuple[int, int],
+) -> Placement:
+    """`numbers`: of the parameter, that an element of this array stands for, along its last two dimensions."""
+    per_element = (1,) * (len(stored) - 2) + numbers
+    sizes = {axis: size for axis, size in zip(axes, stored, strict=True) if axis in _FEWER}
+    rules = resolve(rules, mesh.shape, sizes)
+    shape = []
+    for axis, size, each in zip(axes, stored, per_element[-len(stored) :], strict=True):
+        parts = 1 if axis is None else ways(getattr(rules, axis), mesh.shape)
+        unit = BLOCK // each if axis in _BY_BLOCK and parts > 1 else 1
+        shape.append(-(-size // (unit * parts)) * unit * parts)
+    pieces = 1
+    if axes[0] == "o_groups":  # wo_a
+        pieces = max(1, ways(rules.o_groups, mesh.shape) // config.o_groups)
+        shape = [shape[0] * pieces, shape[1] // pieces]
+    return Placement(tuple(shape), NamedSharding(mesh, spec(*axes, rules=rules)), stored, pieces)
+
+
+# --- activations
+
+
+def ways_of(axis: str) -> int:
+    """Into how many parts a logical axis is split on the mesh of `on_mesh`; 1 without one."""
+    return ways(getattr(current_rules(), axis), jax.sharding.get_abstract_mesh().shape)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -133,4 +280,6 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, _divisible(spec(*axes), x.shape, mesh))
+    sizes = {axis: size for axis, size in zip(axes, x.shape, strict=True) if axis in _FEWER}
+    rules = resolve(current_rules(), mesh.shape, sizes)
+    return jax.lax.with_sharding_constraint(x, spec(*axes, rules=rules))

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int32
 
+from dsv4_jax import parallel, vocabulary
+from dsv4_jax.parallel import Along, spread
 from dsv4_jax.sampling import SamplingArrays, all_greedy, draw, most_likely, truncated_logits, uniform
 
 
@@ -25,6 +27,12 @@ def propose(
     Returns:
       the drafts, and the logits of the distributions that they were drawn from.
     """
+    by_row = Along("batch")
+    arguments = (logits, vocabulary.ROWS), (sampling, by_row), (step, by_row)
+    return spread(_propose, (), arguments, (by_row, vocabulary.ROWS))
+
+
+def _propose(logits, sampling, step):
     drawn_from = jax.lax.cond(
         all_greedy(sampling), lambda: logits, lambda: truncated_logits(logits, sampling)
     )
@@ -52,7 +60,15 @@ def verify(
       drawn_from: as `propose` gave it.
       step: how many tokens each row has before the first draft.
     """
+    by_row = Along("batch")
+    arguments = (
+        *((logits, vocabulary.ROWS_OF_TOKENS), (drafts, by_row), (drawn_from, vocabulary.ROWS_OF_TOKENS)),
+        *((sampling, by_row), (step, by_row)),
+    )
+    return spread(_verify, (), arguments, by_row)
 
+
+def _verify(logits, drafts, drawn_from, sampling, step):
     def greedy() -> tuple[jax.Array, jax.Array]:
         best = most_likely(logits)
         standing = _leading(drafts == best[:, :-1])
@@ -62,18 +78,17 @@ def verify(
         steps = step[:, None] + jnp.arange(logits.shape[1])
         wide = jax.tree.map(lambda leaf: jnp.repeat(leaf, logits.shape[1]), sampling)
         target = truncated_logits(logits.reshape(-1, logits.shape[-1]), wide).reshape(logits.shape)
-        p, q = jax.nn.softmax(target), jax.nn.softmax(drawn_from)
-
-        chosen = drafts[..., None]
-        odds = jnp.take_along_axis(p[:, :-1], chosen, -1) / jnp.take_along_axis(q, chosen, -1)
-        standing = _leading(uniform(sampling.seed, steps[:, :-1]) < odds[..., 0])
+        p, q = vocabulary.softmax(target), vocabulary.softmax(drawn_from)
+        odds = vocabulary.at(p[:, :-1], drafts) / vocabulary.at(q, drafts)
+        standing = _leading(uniform(sampling.seed, steps[:, :-1]) < odds)
 
         # Past the last draft nothing was drafted: what p has more than nothing is p.
         q = jnp.concatenate([q, jnp.zeros_like(p[:, :1])], axis=1)
         at = standing[:, None, None]
         here, other = (jnp.take_along_axis(each, at, axis=1)[:, 0] for each in (p, q))
         rest = jnp.maximum(here - other, 0)
-        fell = (standing < drafts.shape[1]) & (rest.sum(-1) > 0)  # equal but for rounding: p itself
+        left_over = parallel.total(rest.sum(-1), vocabulary.AXIS)
+        fell = (standing < drafts.shape[1]) & (left_over > 0)  # equal but for rounding: p itself
         plain = jnp.take_along_axis(target, at, axis=1)[:, 0]
         left = jnp.where(fell[:, None], jnp.log(rest), plain)
         return standing, draw(left, sampling.seed, step + standing)

@@ -1,10 +1,8 @@
 """An official checkpoint folder to parameters on the device, or on a mesh of them."""
 
 import dataclasses
-import math
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -12,23 +10,28 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, Sharding, SingleDeviceSharding
+from jax.sharding import Mesh, SingleDeviceSharding
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from dsv4_jax.checkpoint.layouts import lay_out
+from dsv4_jax.checkpoint.layouts import Layout
 from dsv4_jax.checkpoint.names import Parameter, is_shared_copy, nest, parameters
+from dsv4_jax.checkpoint.reading import ArrayRead, Check, Reader
 from dsv4_jax.config import Config
 from dsv4_jax.errors import CheckpointError, NumericError
 from dsv4_jax.model import Params
-from dsv4_jax.sharding import check_mesh, parameter_sharding
+from dsv4_jax.sharding import (
+    DEFAULT_RULES,
+    RULES,
+    Placement,
+    Rules,
+    check_mesh,
+    find_rules,
+    placements,
+)
 from dsv4_jax.weight_files import TensorInfo, WeightFiles
 from pallas_kernels import QuantArray, current_target
 from pallas_kernels.fnuz import for_target
-
-READ_THREADS = 8
-_ALIGNMENT = 64  # bytes; a host array that begins at a multiple of it becomes a CPU array without a copy
-_READ_AT_ONCE = 2**24  # bytes; large tensors are shared out among the threads
 
 Verify = Literal["header", "values"]
 
@@ -46,12 +49,16 @@ class LoadedModel:
       params: of `model.Transformer`.
       mtp_params: of `mtp.MTPHead`; None if not asked for.
       mesh: over which the parameters lie; None for one device.
+      rules: how they lie there.
+      nbytes_read: what this process read from the files.
     """
 
     config: Config
     params: Params
     mtp_params: Params | None
     mesh: Mesh | None
+    rules: Rules = RULES[DEFAULT_RULES]
+    nbytes_read: int = 0
 
 
 def load(
@@ -59,18 +66,20 @@ def load(
     *,
     mtp: bool = False,
     mesh: Mesh | None = None,
+    rules: Rules | str = DEFAULT_RULES,
     verify: Verify = "header",
     strict: bool = False,
     progress: bool = False,
 ) -> LoadedModel:
     """Reads a checkpoint in the official DeepSeek-V4 format.
 
-    Numbers stay as they are stored: FP4 packed, FP8, E8M0 scales as exponents. Never holds more on the host
-    than the parameter that is being placed, and reads no tensor twice.
+    Numbers stay as they are stored: FP4 packed, FP8, E8M0 scales as exponents. Reads no byte twice, and on
+    several hosts none that the devices of this one do not need; how much is on the host at a time is bounded.
 
     Args:
       mtp: also load the MTP head.
-      mesh: spread the parameters over these devices by `sharding.RULES`.
+      mesh: spread the parameters over these devices.
+      rules: how, a table of `sharding.RULES` or its name.
       verify: "values" also looks for NaN and infinities in everything read.
       strict: refuse tensors that the model has no place for; otherwise they are a CheckpointWarning.
       progress: show a bar on stderr.
@@ -81,24 +90,45 @@ def load(
       NumericError: `verify="values"` found a number that is not finite.
       MemoryPlanError: the mesh does not divide the model.
     """
-    config = Config.from_pretrained(folder)
+    config, rules = Config.from_pretrained(folder), find_rules(rules)
     if mesh is not None:
-        check_mesh(config, mesh.shape)
+        check_mesh(config, mesh.shape, rules)
     with WeightFiles.open(folder) as files:
         check_draft(config, files, mtp=mtp)
         _check_names(config, files, mtp=mtp, strict=strict)
         stored = [resolve(parameter, files) for parameter in parameters(config, mtp=mtp)]
-        nbytes = sum(files.tensors[name].nbytes for parameter in stored for name, _, _ in parameter.tensors())
-        leaves = {}
-        with progress_bar("loading", nbytes, progress) as advance, ThreadPoolExecutor(READ_THREADS) as pool:
-            for parameter in stored:
-                reader = _Reader(files, parameter, config, verify, pool, advance)
-                leaves[parameter.path] = reader.place(mesh)
-                if mesh is None:
-                    lay_out(leaves, parameter.path, current_target())
-    params = nest(leaves)
+        reads = [array_reads(parameter, files, config, mesh, rules) for parameter in stored]
+        wanted = [read for each in reads for read in each]
+        nbytes = sum(read.nbytes for read in wanted)
+        with (
+            progress_bar("loading", nbytes, progress and jax.process_index() == 0) as advance,
+            Reader(files, _checker(config, verify), advance) as reader,
+        ):
+            params, mtp_params = assemble(config, stored, reader.arrays(wanted), mesh, rules)
+    return LoadedModel(config, params, mtp_params, mesh, rules, nbytes)
+
+
+def assemble(
+    config: Config, stored: list[Parameter], arrays: Iterator[jax.Array], mesh: Mesh | None, rules: Rules
+) -> tuple[Params, Params | None]:
+    """The parameters of the model and of its MTP head, from their arrays, laid out for this device.
+
+    Args:
+      stored: the parameters as a checkpoint has them.
+      arrays: of all of them, leaf by leaf.
+    """
+    target = current_target()
+    layout = Layout(target, mesh, rules, {parameter.path: parameter.axes for parameter in stored})
+    for parameter in stored:
+        tree = jax.tree.structure(parameter.value)
+        value = jax.tree.unflatten(tree, [next(arrays) for _ in range(tree.num_leaves)])
+        # Experts are laid out by `prepare_experts`, which starts from the checkpoint's form.
+        if isinstance(value, QuantArray) and not parameter.stacked:
+            value = for_target(value, target)
+        layout.take(parameter.path, value)
+    params = nest(layout.leaves)
     heads = params.pop("mtp", None)
-    return LoadedModel(config, params, heads[0] if heads else None, mesh)
+    return params, heads[0] if heads else None
 
 
 def check_draft(config: Config, files: WeightFiles, *, mtp: bool) -> None:
@@ -225,118 +255,32 @@ def as_stored(parameter: Parameter, files: WeightFiles) -> Parameter:
     return parameter._replace(value=dataclasses.replace(value, scale=scale))
 
 
-Part = tuple[range, ...]  # which tensors of a stack, and which of their rows, columns...
+def array_reads(
+    parameter: Parameter, files: WeightFiles, config: Config, mesh: Mesh | None, rules: Rules
+) -> list[ArrayRead]:
+    """What there is to read of a parameter `as_stored`, in the order of its leaves."""
+    value, stems = parameter.value, parameter.stems()
+    if mesh is None:
+        one: Any = SingleDeviceSharding(jax.local_devices()[0])
+        places = jax.tree.map(lambda leaf: Placement(leaf.shape, one, leaf.shape), value)
+    else:
+        places = placements(config, mesh, rules, parameter.axes, value)
+    suffixes = ("",) if parameter.entry.stored != "quantized" else (".weight", ".scale")
+    leaves = jax.tree.leaves(places, is_leaf=lambda each: isinstance(each, Placement))
+    return [
+        ArrayRead([files.tensors[stem + suffix] for stem in stems], parameter.stacked, leaf.dtype, place)
+        for suffix, leaf, place in zip(suffixes, jax.tree.leaves(value), leaves, strict=False)
+    ]
 
 
-class _Reader:
-    """Brings one parameter from its files to its devices."""
-
-    def __init__(
-        self,
-        files: WeightFiles,
-        parameter: Parameter,
-        config: Config,
-        verify: Verify,
-        pool: ThreadPoolExecutor,
-        advance: Callable[[int], None],
-    ):
-        self.files, self.parameter, self.config = files, parameter, config
-        self.verify, self.pool, self.advance = verify, pool, advance
-
-    def place(self, mesh: Mesh | None) -> jax.Array | QuantArray:
-        """The parameter on the device, or spread over the mesh."""
-        value, stems = self.parameter.value, self.parameter.stems()
-        one = SingleDeviceSharding(jax.devices()[0])
-        shardings = jax.tree.map(lambda _: one, value)
-        if mesh is not None:
-            shardings = parameter_sharding(mesh, self.parameter.axes, value)
-        if isinstance(value, QuantArray):
-            values = self._array([f"{stem}.weight" for stem in stems], value.values, shardings.values)
-            scale = self._array([f"{stem}.scale" for stem in stems], value.scale, shardings.scale)
-            placed = dataclasses.replace(value, values=values, scale=scale)
-            # Experts are laid out by `prepare_experts`, which starts from the checkpoint's form.
-            return placed if self.parameter.stacked else for_target(placed, current_target())
-        suffix = ".weight" if self.parameter.entry.stored == "quantized" else ""
-        return self._array([stem + suffix for stem in stems], value, shardings)
-
-    def _array(
-        self, names: list[str], value: jax.Array | jax.ShapeDtypeStruct, sharding: Sharding
-    ) -> jax.Array:
-        """Tensors of the same shape as one array, stacked if the parameter is a stack of experts.
-
-        Each is read once, and its numbers go to every part that a device of this process holds.
-        """
-        stacked = self.parameter.stacked
-
-        def bounds(index: tuple[slice, ...] | None) -> Part:
-            assert index is not None  # only asked of devices that hold something
-            inner = tuple(range(size)[each] for size, each in zip(value.shape, index, strict=True))
-            return inner if stacked else (range(1), *inner)
-
-        held = map(bounds, sharding.addressable_devices_indices_map(value.shape).values())
-        parts = {part: _aligned_empty(tuple(map(len, part)), value.dtype) for part in set(held)}
-
-        def fill(job: tuple[int, range]) -> None:
-            number, rows = job
-            info = self.files.tensors[names[number]]
-            places = []
-            for (numbers, own, *columns), out in parts.items():
-                shared = range(max(rows.start, own.start), min(rows.stop, own.stop))
-                if number in numbers and shared:
-                    place = out[number - numbers.start, shared.start - own.start : shared.stop - own.start]
-                    places.append((place, (shared, *columns)))
-            if places:
-                self._read(info, rows, places)
-            self.advance(info.nbytes // info.shape[0] * len(rows))
-
-        list(self.pool.map(fill, self._jobs(names)))
-        array = jax.make_array_from_callback(
-            value.shape,
-            sharding,
-            lambda index: parts[bounds(index)] if stacked else parts[bounds(index)][0],
-        )
-        array.block_until_ready()  # the host copy may go before the next one comes
-        return array
-
-    def _jobs(self, names: list[str]) -> Iterator[tuple[int, range]]:
-        """Which tensor and which rows of it to read at once."""
-        for number, info in enumerate(self.files.tensors[name] for name in names):
-            rows = range(info.shape[0])
-            step = max(1, _READ_AT_ONCE * len(rows) // info.nbytes)
-            yield from ((number, rows[start : start + step]) for start in rows[::step])
-
-    def _read(self, info: TensorInfo, rows: range, places: list[tuple[np.ndarray, Part]]) -> None:
-        """Fills arrays, each with the part of a tensor's `rows` that is given beside it.
-
-        Bytes are reinterpreted, never cast, but for I64 tables: JAX would cut those to int32 without a word.
-        """
-        whole_rows = all(out.shape[1:] == info.shape[1:] for out, _ in places)
-        if whole_rows and info.dtype != "I64":
-            for out, (own, *_) in places:
-                self._check(info, self.files.read(info.name, own.start, len(own), out))
-            return
-        read = self.files.read(info.name, rows.start, len(rows))
-        self._check(info, read)
-        for out, (own, *columns) in places:
-            found = read[(slice(own.start - rows.start, own.stop - rows.start), *map(_as_slice, columns))]
-            out[...] = found if info.dtype == "I64" else found.view(out.dtype)
-
-    def _check(self, info: TensorInfo, tensor: np.ndarray) -> None:
+def _checker(config: Config, verify: Verify) -> Check:
+    def check(info: TensorInfo, tensor: np.ndarray) -> None:
         if info.dtype == "I64":
-            _check_expert_ids(info, tensor, self.config.n_routed_experts)
-        elif self.verify == "values":
+            _check_expert_ids(info, tensor, config.n_routed_experts)
+        elif verify == "values":
             _check_finite(info, tensor)
 
-
-def _as_slice(bounds: range) -> slice:
-    return slice(bounds.start, bounds.stop)
-
-
-def _aligned_empty(shape: tuple[int, ...], dtype) -> np.ndarray:
-    nbytes = math.prod(shape) * np.dtype(dtype).itemsize
-    room = np.empty(nbytes + _ALIGNMENT, np.uint8)
-    start = -room.ctypes.data % _ALIGNMENT
-    return room[start : start + nbytes].view(dtype).reshape(shape)
+    return check
 
 
 def _check_expert_ids(info: TensorInfo, table: np.ndarray, experts: int) -> None:

@@ -6,8 +6,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32
 
+from dsv4_jax import parallel
 from dsv4_jax.cache import LayerCache, RecentRows
 from dsv4_jax.config import Config
+from dsv4_jax.nn import context
 from dsv4_jax.nn.compressor import Compressor
 from dsv4_jax.nn.indexer import Indexer, all_visible
 from dsv4_jax.nn.linear import BlockDiagonalLinear, Linear, side_by_side
@@ -15,7 +17,6 @@ from dsv4_jax.nn.norm import RMSNorm
 from dsv4_jax.nn.parameter import parameter
 from dsv4_jax.nn.rope import Rotation, rope_frequencies, rotation
 from dsv4_jax.numerics import Numerics
-from dsv4_jax.sharding import constrain
 from pallas_kernels import (
     QuantArray,
     attention_latents,
@@ -75,6 +76,8 @@ class Attention(nnx.Module):
         if cache.compressed is not None:
             compressed_kv = cache.compressed.entries
             compressed_index = self.choose(projected, q_latent, turns, positions, cache)
+            if cache.index is not None:
+                compressed_kv, compressed_index = context.borrow(compressed_kv, compressed_index)
 
         out = sparse_attention(
             q,
@@ -115,8 +118,7 @@ class Attention(nnx.Module):
     ) -> Float[Array, "B T H D"]:
         """The queries of all heads."""
         q = self.wq_b(q_latent)
-        q = q.reshape(*q.shape[:2], self.config.num_attention_heads, self.config.head_dim)
-        q = constrain(q, "batch", "tokens", "heads", "head_dim")
+        q = q.reshape(*q.shape[:2], -1, self.config.head_dim)
         return attention_query(q, *turns, eps=self.config.rms_norm_eps)
 
     def remember(
@@ -172,5 +174,11 @@ class Attention(nnx.Module):
 
     def _project(self, out: Float[Array, "B T H D"]) -> Float[Array, "B T M"]:
         """Groups of heads through `wo_a`, all together through `wo_b`."""
-        grouped = self.wo_a(out.reshape(*out.shape[:2], self.config.o_groups, -1))
-        return self.wo_b(grouped.reshape(*out.shape[:2], -1))
+        # This device's groups, or its piece of one, which it shares with its neighbours.
+        devices, groups = parallel.parts("heads"), self.config.o_groups
+        here, shared_by = max(1, groups // devices), max(1, devices // groups)
+        grouped = self.wo_a(out.reshape(*out.shape[:2], here, -1), partial=shared_by > 1)
+        grouped = grouped.reshape(*out.shape[:2], -1)
+        if shared_by > 1:
+            grouped = parallel.scattered_in_groups(grouped, "heads", shared_by, dimension=2).astype(out.dtype)
+        return parallel.total(self.wo_b(grouped, partial=devices > 1), "heads").astype(out.dtype)

@@ -10,7 +10,6 @@ from dsv4_jax.nn.hyper_connection import HyperConnection
 from dsv4_jax.nn.moe import MoE
 from dsv4_jax.nn.norm import RMSNorm
 from dsv4_jax.numerics import Numerics
-from dsv4_jax.sharding import constrain
 from pallas_kernels import hc_post
 
 
@@ -33,9 +32,11 @@ class Block(nnx.Module):
         length: Int32[Array, " B"],
         cache: LayerCache,
     ) -> tuple[Float[Array, "B T X M"], LayerCache]:
-        """The streams after this layer, and its cache with the new tokens in it."""
+        """The streams after this layer, and its cache with the new tokens in it.
+
+        On a mesh: of a device's own rows of the batch, by its own parts of the parameters.
+        """
         x, residual = self.hc_attn.read(streams, self.attn_norm)
         y, cache = self.attn(x, position, length, cache)
         x, residual = self.hc_ffn.write_and_read(y, residual, self.ffn_norm)
-        streams = hc_post(self.ffn(x, ids), *residual)
-        return constrain(streams, "batch", "tokens", "streams", "hidden"), cache
+        return hc_post(self.ffn(x, ids), *residual), cache

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float32, Int32
 
+from dsv4_jax import parallel
 from dsv4_jax.cache import CompressedCache, RecentRows
 from dsv4_jax.config import Config
 from dsv4_jax.nn.linear import PlainLinear
@@ -76,4 +77,6 @@ class Compressor(nnx.Module):
         )
         complete = (entry + 1) * ratio <= (position + length)[:, None]
         cache = dataclasses.replace(cache, kv=RecentRows(kv), score=RecentRows(score))
+        if ratio == 4:  # an indexer chooses from these: a device may have a part of them only
+            entry = entry - parallel.part("cache_slots") * cache.entries.shape[1]
         return cache.write(entries, entry, complete)

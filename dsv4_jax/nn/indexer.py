@@ -4,12 +4,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32
 
+from dsv4_jax import parallel
 from dsv4_jax.config import Config
+from dsv4_jax.nn import context
 from dsv4_jax.nn.compressor import Compressor
 from dsv4_jax.nn.linear import Linear, PlainLinear
 from dsv4_jax.nn.rope import Rotation
 from dsv4_jax.numerics import Numerics
-from pallas_kernels import QuantArray, index_query, index_select
+from pallas_kernels import QuantArray, index_query
 
 
 class Indexer(nnx.Module):
@@ -57,10 +59,11 @@ class Indexer(nnx.Module):
     ) -> Int32[Array, "B T K"]:
         """Entries each query attends to, -1 where fewer are visible."""
         visible = (positions + 1) // self.ratio  # an entry that closes at a position is seen from there
-        if keys.shape[1] <= self.config.index_topk:
-            return all_visible(visible, keys.shape[1])
+        slots = keys.shape[1] * parallel.parts(context.AXIS)
+        if slots <= self.config.index_topk:
+            return all_visible(visible, slots)
         q, weights = self.queries(projected, column, q_latent, turns)
-        return index_select(q, keys, weights, visible, self.config.index_topk)
+        return context.select(q, keys, weights, visible, self.config.index_topk)
 
 
 def all_visible(visible: Int32[Array, "B T"], slots: int) -> Int32[Array, "B T slots"]:

@@ -28,11 +28,18 @@ class Linear(nnx.Module):
         """
         return self.numerics.activation if isinstance(self.weight.get_value(), QuantArray) else None
 
-    def __call__(self, x: Float[Array, "*tokens in"] | QuantArray) -> Float[Array, "*tokens out"]:
-        """The product with `x`, which may be quantised already."""
+    def __call__(
+        self, x: Float[Array, "*tokens in"] | QuantArray, *, partial: bool = False
+    ) -> Float[Array, "*tokens out"]:
+        """The product with `x`, which may be quantised already; one that is `partial`, a term of a sum over
+        devices, in float32.
+        """
         if self.activation and not isinstance(x, QuantArray):
             x = activation_quant(x)
-        return block_matmul(x, self.weight.get_value(), out_dtype=self.numerics.dtype)
+        return block_matmul(x, self.weight.get_value(), out_dtype=self._out_dtype(partial))
+
+    def _out_dtype(self, partial: bool) -> str:
+        return "float32" if partial else self.numerics.dtype
 
 
 def products(
@@ -53,8 +60,10 @@ def side_by_side(
 class BlockDiagonalLinear(Linear):
     """`wo_a`: each group of heads has its own rows; the released model gives it unquantised activations."""
 
-    def __call__(self, x: Float[Array, "*tokens groups in"]) -> Float[Array, "*tokens groups out"]:
-        return block_diagonal_matmul(x, self.weight.get_value(), out_dtype=self.numerics.dtype)
+    def __call__(
+        self, x: Float[Array, "*tokens groups in"], *, partial: bool = False
+    ) -> Float[Array, "*tokens groups out"]:
+        return block_diagonal_matmul(x, self.weight.get_value(), out_dtype=self._out_dtype(partial))
 
 
 class PlainLinear(nnx.Module):

@@ -4,11 +4,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32
 
+from dsv4_jax import parallel
 from dsv4_jax.config import Config
+from dsv4_jax.nn.expert_parallel import on_owners
 from dsv4_jax.nn.linear import Linear, products
 from dsv4_jax.nn.parameter import parameter, quantized_parameter, scale_dtype
 from dsv4_jax.numerics import Numerics
-from dsv4_jax.sharding import constrain
 from pallas_kernels import (
     QuantArray,
     block_matmul,
@@ -65,10 +66,14 @@ class Experts(nnx.Module):
     def __call__(
         self, x: Float[Array, "N M"], experts: Int32[Array, "N A"], weights: Float32[Array, "N A"]
     ) -> Float32[Array, "N M"]:
-        """The weighted sum of the outputs of each token's experts."""
-        stacks = (stack.get_value() for stack in (self.w1, self.w2, self.w3))
+        """The weighted sum of the outputs of each token's experts; on a mesh, a term of it."""
+        stacks = [stack.get_value() for stack in (self.w1, self.w2, self.w3)]
         limit, activation = self.config.swiglu_limit, self.numerics.activation
-        return expert_mlp(x, experts, weights, *stacks, limit=limit, activation=activation)
+
+        def run(x, experts, weights):
+            return expert_mlp(x, experts, weights, *stacks, limit=limit, activation=activation)
+
+        return on_owners(run, x, experts, weights, stacks[0].shape[0])
 
 
 class SharedExpert(nnx.Module):
@@ -76,18 +81,19 @@ class SharedExpert(nnx.Module):
 
     def __init__(self, config: Config, numerics: Numerics):
         hidden, inner = config.hidden_size, config.moe_intermediate_size * config.n_shared_experts
-        self.w1 = Linear((inner, hidden), ("expert_hidden", "hidden"), config, numerics)
-        self.w2 = Linear((hidden, inner), ("hidden", "expert_hidden"), config, numerics)
-        self.w3 = Linear((inner, hidden), ("expert_hidden", "hidden"), config, numerics)
+        self.w1 = Linear((inner, hidden), ("shared_hidden", "hidden"), config, numerics)
+        self.w2 = Linear((hidden, inner), ("hidden", "shared_hidden"), config, numerics)
+        self.w3 = Linear((inner, hidden), ("shared_hidden", "hidden"), config, numerics)
         self.config, self.numerics = config, numerics
 
     def __call__(self, x: Float[Array, "N M"]) -> Float[Array, "N M"]:
-        limit, dtype = self.config.swiglu_limit, self.numerics.dtype
+        """Its output; on a mesh, a term of it."""
+        limit, partial = self.config.swiglu_limit, parallel.parts("shared_hidden") > 1
         gate, up = products(x, self.w1, self.w3)
         w2 = self.w2.weight.get_value()
         if self.numerics.activation is None or not isinstance(w2, QuantArray):
-            return self.w2(swiglu(gate, up, limit=limit, out_dtype=dtype))
-        return block_matmul(swiglu_quant(gate, up, limit=limit), w2, out_dtype=dtype)
+            return self.w2(swiglu(gate, up, limit=limit, out_dtype=self.numerics.dtype), partial=partial)
+        return self.w2(swiglu_quant(gate, up, limit=limit), partial=partial)
 
 
 class MoE(nnx.Module):
@@ -102,5 +108,7 @@ class MoE(nnx.Module):
         flat = x.reshape(-1, x.shape[-1])
         experts, weights = self.gate(flat, ids.reshape(-1))
         routed = self.experts(flat, experts, weights)
-        out = (routed + self.shared_experts(flat).astype(jnp.float32)).astype(x.dtype)
-        return constrain(out.reshape(x.shape), "batch", "tokens", "hidden")
+        shared = self.shared_experts(flat).astype(jnp.float32)
+        terms = (routed, ("experts", "expert_hidden")), (shared, ("shared_hidden",))
+        out = parallel.total_of_terms(*terms, apart_from="batch")
+        return out.astype(x.dtype).reshape(x.shape)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dsv4_jax.checkpoint.layouts import lay_out
+from dsv4_jax.checkpoint.layouts import Layout
 from dsv4_jax.checkpoint.names import Parameter, nest, parameters
 from dsv4_jax.config import Config
 from dsv4_jax.model import Params
@@ -22,11 +22,10 @@ def made_up_params(config: Config, seed: int = 0, *, mtp: bool = False) -> tuple
     out for this device.
     """
     key = jax.random.key(seed, impl="rbg")  # threefry would take minutes for a hundred gigabytes
-    leaves = {}
+    layout = Layout(current_target())
     for parameter in parameters(config, mtp=mtp):
-        leaves[parameter.path] = _numbers(parameter, config, key)
-        lay_out(leaves, parameter.path, current_target())
-    params = nest(leaves)
+        layout.take(parameter.path, _numbers(parameter, config, key))
+    params = nest(layout.leaves)
     heads = params.pop("mtp", None)
     return params, heads and heads[0]
 
