@@ -13,7 +13,7 @@ says does not depend on how many drafts there were. docs/numerics.md says what f
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from dsv4_jax import vocabulary
 from dsv4_jax.cache import Cache, LayerCache
 from dsv4_jax.model import Transformer
 from dsv4_jax.mtp import MTPHead
+from dsv4_jax.parallel import Along, rows_of, settled
 from dsv4_jax.sampling import SamplingArrays, SamplingParams
 from dsv4_jax.speculative import propose, verify
 
@@ -95,6 +96,15 @@ class Sequences:
     count: Int32[Array, " B"]
     done: Bool[Array, " B"]
     caches: Caches
+
+    @property
+    def axes(self) -> Any:
+        """How each array is split on a mesh, in a tree like this one."""
+        return dataclasses.replace(
+            jax.tree.map(lambda _: Along("batch"), self),
+            drawn_from=vocabulary.ROWS_OF_TOKENS,
+            caches=rows_of(self.caches),
+        )
 
 
 class Read(NamedTuple):
@@ -264,7 +274,7 @@ def advance(
         done=done,
         caches=Caches(sequences.caches.main, head),
     )
-    return added, following
+    return added, settled(following)
 
 
 def _added(

@@ -51,9 +51,10 @@ from dsv4_jax.errors import MemoryPlanError, RequestError
 from dsv4_jax.model import Params, bind
 from dsv4_jax.mtp import bind_mtp, make_mtp_cache
 from dsv4_jax.numerics import Numerics
+from dsv4_jax.parallel import put_row, settled, take_row
 from dsv4_jax.prefix import PrefixCache, PromptState, put_block, take_block
 from dsv4_jax.sampling import SamplingParams
-from dsv4_jax.sharding import constrain, on_mesh
+from dsv4_jax.sharding import on_mesh
 from pallas_kernels.dispatch import choose
 
 # Tokens of a prompt that are read at once: as many of these as are left of it, or the fewest.
@@ -159,8 +160,8 @@ class Engine:
             )
         self._prefix = self._make_prefix(prefix_bytes) if prefix_bytes else None
         with self._context():
-            self._requests = _idle(slots)
-            self._sequences, self._last = self._empty(), self._empty_last()
+            self._requests = settled(_idle(slots))
+            self._sequences, self._last = settled(self._empty()), settled(self._empty_last())
             if not model.mesh:  # bound to the device, as programs will give them back: else all compile twice
                 device = jax.tree.leaves(model.params)[0].sharding
                 self._sequences, self._last = jax.device_put((self._sequences, self._last), device)
@@ -302,8 +303,7 @@ class Engine:
 
     def _empty_last(self) -> Float[Array, "B X M"]:
         config, numerics = self._static
-        shape = self.slots, config.hc_mult, config.hidden_size
-        return constrain(jnp.zeros(shape, numerics.dtype), "batch", "streams", "hidden")
+        return jnp.zeros((self.slots, config.hc_mult, config.hidden_size), numerics.dtype)
 
     def _make_prefix(self, budget: int) -> PrefixCache:
         tokens = self._pieces[-1]
@@ -460,11 +460,7 @@ class Engine:
 @functools.partial(jax.jit, donate_argnums=0)
 def _set_row(tree: Any, row: Any, slot: Int32[Array, ""]) -> Any:
     """`tree` with row `slot` of each leaf replaced."""
-    return jax.tree.map(
-        lambda leaf, new: jax.lax.dynamic_update_slice_in_dim(leaf, jnp.asarray(new, leaf.dtype), slot, 0),
-        tree,
-        row,
-    )
+    return put_row(tree, row, slot)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -474,11 +470,7 @@ def _clear_row(tree: Any, slot: Int32[Array, ""]) -> Any:
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _force(requests: Requests, forced: Int32[Array, " S"]) -> Requests:
-    return dataclasses.replace(requests, forced=forced)
-
-
-def _row(tree: Any, slot: Int32[Array, ""]) -> Any:
-    return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, slot, 1), tree)
+    return settled(dataclasses.replace(requests, forced=forced))
 
 
 def _models(config: Config, numerics: Numerics, params: tuple[Params, Params | None]) -> Models:
@@ -506,7 +498,7 @@ def _read_prompt(
     """
     slot = numbers[0]
     model = bind(config, numerics, params)
-    streams, row = model(ids, numbers[1:2], numbers[2:3], _row(cache, slot))
+    streams, row = model(ids, numbers[1:2], numbers[2:3], take_row(cache, slot))
     return streams, _set_row(cache, row, slot)
 
 
@@ -515,7 +507,7 @@ def _read_out(
     config: Config, numerics: Numerics, params: Params, last: Float[Array, "S X M"], slot: Int32[Array, ""]
 ) -> Read:
     """What the model says after the prompt of one slot."""
-    return read_out(bind(config, numerics, params), _row(last, slot)[:, None])
+    return read_out(bind(config, numerics, params), take_row(last, slot)[:, None])
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=6)
@@ -550,7 +542,7 @@ def _follow(
     """
     slot, position, here = numbers[0], numbers[1:2], numbers[2:3]
     models = _models(config, numerics, params)
-    row, last = _row(behind, slot)
+    row, last = take_row(behind, slot)
     if models.head is not None:
         # The piece's tokens follow the last one before it and all of its own but the last.
         before = jnp.concatenate([last[:, None], streams[:, :-1]], axis=1)
@@ -575,8 +567,8 @@ def _begin(
 ) -> tuple[Added, Sequences]:
     """The first token of the slot `place[0]`, whose prompt of `place[1]` tokens has been read."""
     models, slot = _models(config, numerics, params), place[0]
-    row = _row(sequences.caches, slot)
-    asked = _row(requests, slot)
+    row = take_row(sequences.caches, slot)
+    asked = take_row(requests, slot)
     added, begun = first_step(models, asked, last, place[1:], row, draft_tokens, config.eos_token_id)
     return added, _set_row(sequences, begun, slot)
 

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dsv4_jax.sharding import Axes, Rules, current_rules, resolve, spec, ways
+from dsv4_jax.sharding import Axes, Rules, constrain, current_rules, resolve, spec, ways
 from pallas_kernels import ExpertTiles, QuantArray
 
 
@@ -214,13 +214,30 @@ def scattered_in_groups(x: jax.Array, axis: str, size: int, *, dimension: int) -
 # --- rows of a batch that is split
 
 
+def rows_of(tree: Any) -> Any:
+    """How a tree of arrays [B, ...] is split: as those objects in it say that have `axes`, else by rows."""
+
+    def says(each: Any) -> bool:
+        return hasattr(type(each), "axes")
+
+    return jax.tree.map(lambda each: each.axes if says(each) else Along("batch"), tree, is_leaf=says)
+
+
+def settled(tree: Any) -> Any:
+    """The same arrays [B, ...], where `rows_of` says that they lie: always there, so that no program that takes
+    them is compiled twice.
+    """
+    return jax.tree.map(lambda along, leaf: constrain(leaf, *along.axes), rows_of(tree), tree)
+
+
 def take_row(tree: Any, row: jax.Array) -> Any:
-    """One row [1, ...] of each leaf [B, ...], to every device that has any."""
+    """One row [1, ...] of each leaf [B, ...], on all devices alike."""
 
     def take(tree: Any, row: jax.Array) -> Any:
         return jax.tree.map(lambda leaf: _take(leaf, row), tree)
 
-    return spread(take, (), ((tree, Along("batch")), (row, Along())), Along())
+    split = rows_of(tree)
+    return spread(take, (), ((tree, split), (row, Along())), jax.tree.map(_alike, split))
 
 
 def put_row(tree: Any, values: Any, row: jax.Array) -> Any:
@@ -229,8 +246,13 @@ def put_row(tree: Any, values: Any, row: jax.Array) -> Any:
     def put(tree: Any, values: Any, row: jax.Array) -> Any:
         return jax.tree.map(lambda leaf, new: _put(leaf, new, row), tree, values)
 
-    arguments = (tree, Along("batch")), (values, Along()), (row, Along())
-    return spread(put, (), arguments, Along("batch"))
+    split = rows_of(tree)
+    values = jax.tree.map(lambda leaf, new: jnp.asarray(new, leaf.dtype), tree, values)
+    return spread(put, (), ((tree, split), (values, jax.tree.map(_alike, split)), (row, Along())), split)
+
+
+def _alike(along: Along) -> Along:
+    return Along(None, *along.axes[1:])
 
 
 def _local_row(leaf: jax.Array, row: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -251,7 +273,6 @@ def _take(leaf: jax.Array, row: jax.Array) -> jax.Array:
 
 
 def _put(leaf: jax.Array, new: jax.Array, row: jax.Array) -> jax.Array:
-    new = jnp.asarray(new, leaf.dtype)
     if parts("batch") == 1:
         return jax.lax.dynamic_update_slice_in_dim(leaf, new, row, 0)
     local, mine = _local_row(leaf, row)

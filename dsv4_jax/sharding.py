@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsv4_jax.config import Config
 from dsv4_jax.errors import EXIT_USAGE, MemoryPlanError
@@ -87,12 +87,12 @@ def current_rules() -> Rules:
 
 
 @contextmanager
-def on_mesh(mesh: Mesh | AbstractMesh | None, rules: Rules | str = DEFAULT_RULES) -> Iterator[None]:
+def on_mesh(mesh: Mesh | None, rules: Rules | str = DEFAULT_RULES) -> Iterator[None]:
     """In a `with`, lays out what is called or traced inside it over this mesh; None changes nothing."""
     if mesh is None:
         yield
         return
-    with jax.set_mesh(mesh), _rules(find_rules(rules)):  # type: ignore[arg-type]
+    with jax.set_mesh(mesh), _rules(find_rules(rules)):
         yield
 
 
@@ -176,17 +176,17 @@ def check_mesh(config: Config, mesh_shape: Mapping[str, int], rules: Rules) -> N
     def splits_experts(parts: int) -> bool:
         return experts % parts == 0
 
-    heads_of = f"num_attention_heads {heads} in o_groups {groups} (o_lora_rank {config.o_lora_rank})"
+    heads_of = f"num_attention_heads {heads} in o_groups {groups} of rank {config.o_lora_rank}"
     for axes, splits, what, most in (
         (rules.heads, splits_heads, heads_of, heads),
         (rules.experts, splits_experts, f"n_routed_experts {experts}", experts),
     ):
         parts = ways(axes, mesh_shape)
         if not splits(parts):
-            names = " * ".join(_FLAGS[axis] for axis in axes)
+            names = " * ".join(_FLAGS[axis] for axis in axes if mesh_shape[axis] > 1)
             legal = ", ".join(str(number) for number in range(1, most + 1) if splits(number))
             raise MemoryPlanError(
-                f"{names} = {parts} does not divide {what}",
+                f"{names} = {parts} cannot split {what}",
                 hint=f"{names} can be {legal}",
                 exit_code=EXIT_USAGE,
             )
@@ -276,10 +276,14 @@ def ways_of(axis: str) -> int:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Tells the partitioner how an activation lies on the mesh of `jax.set_mesh`; without one, nothing."""
+    """Tells the partitioner how an activation lies on the mesh of `on_mesh`; without one, nothing.
+
+    Args:
+      axes: of its leading dimensions; the others are whole.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    sizes = {axis: size for axis, size in zip(axes, x.shape, strict=True) if axis in _FEWER}
+    sizes = {axis: size for axis, size in zip(axes, x.shape, strict=False) if axis in _FEWER}
     rules = resolve(current_rules(), mesh.shape, sizes)
     return jax.lax.with_sharding_constraint(x, spec(*axes, rules=rules))

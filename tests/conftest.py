@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 
 from dsv4_jax.checkpoint.load import LoadedModel, load
+from dsv4_jax.checkpoint.synthetic import write_checkpoint
+from dsv4_jax.config import TINY
 
 TESTS = Path(__file__).parent
 
@@ -106,6 +108,29 @@ def load_golden() -> Callable[[str], Golden]:
 @pytest.fixture(scope="session")
 def tiny_fp4(load_golden: Callable[[str], Golden]) -> Golden:
     return load_golden("tiny-fp4")
+
+
+@pytest.fixture(scope="session")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A made-up checkpoint with two layers, one of each kind that compresses, and its MTP head.
+
+    It splits in many ways: eight heads in four groups, sixteen experts, and 384 columns of an expert, which are
+    three blocks.
+    """
+    config = dataclasses.replace(
+        TINY,
+        num_hidden_layers=2,
+        num_hash_layers=1,
+        compress_ratios=(4, 128, 0),
+        num_attention_heads=8,
+        o_groups=4,
+        o_lora_rank=256,
+        n_routed_experts=16,
+        moe_intermediate_size=384,
+    )
+    folder = tmp_path_factory.mktemp("wide")
+    write_checkpoint(folder, config)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -200,8 +200,9 @@ class Reader:
 
         Bytes are reinterpreted, never cast, but for I64 tables: JAX would cut those to int32 without a word.
         """
-        whole_rows = all(out.shape[1:] == info.shape[1:] for out, _, _ in places)
-        if whole_rows and info.dtype != "I64":
+        whole = [range(size) for size in info.shape[1:]]
+        as_stored = all(out.shape[1:] == info.shape[1:] and columns == whole for out, _, columns in places)
+        if as_stored and info.dtype != "I64":
             for out, own, _ in places:
                 self._check(info, self._files.read(info.name, own.start, len(own), out))
             return

@@ -16,14 +16,15 @@ from safetensors.numpy import save_file
 
 from dsv4_jax.cache import make_cache
 from dsv4_jax.checkpoint import load as load_module
+from dsv4_jax.checkpoint import reading
 from dsv4_jax.checkpoint.load import CheckpointWarning, LoadedModel, load
 from dsv4_jax.checkpoint.names import parameters
 from dsv4_jax.checkpoint.synthetic import write_checkpoint
 from dsv4_jax.config import TINY, Config
 from dsv4_jax.errors import CheckpointError, ConfigError, MemoryPlanError, NumericError
 from dsv4_jax.generate import prefill
-from dsv4_jax.numerics import OFFICIAL
-from dsv4_jax.sharding import make_mesh
+from dsv4_jax.numerics import OFFICIAL, PLAIN
+from dsv4_jax.sharding import Placement, make_mesh, on_mesh, placements
 from dsv4_jax.weight_files import WeightFiles
 from pallas_kernels import ExpertTiles, QuantArray, Target, dequantize
 from pallas_kernels.expert_mlp.rows import ExpertRows
@@ -181,7 +182,7 @@ def test_numbers_stay_in_the_formats_they_are_stored_in(made_up):
     assert layer["attn"]["attn_sink"].dtype == jnp.float32
 
 
-@pytest.mark.parametrize("mesh", [None, {"ep": 2, "tp": 2}], ids=["one device", "a mesh"])
+@pytest.mark.parametrize("mesh", [None, {"tp": 2}], ids=["one device", "a mesh"])
 def test_linears_are_the_same_numbers_in_the_fp8_of_the_device(made_up, monkeypatch, mesh):
     mesh = mesh and make_mesh(**mesh)
     attn = load(made_up, mesh=mesh).params["layers"][1]["attn"]
@@ -253,21 +254,61 @@ def test_every_byte_of_an_e8m0_scale_is_an_exponent_and_never_a_number(changed, 
 def test_large_tensors_read_in_pieces_are_the_same(made_up, monkeypatch):
     whole = load(made_up, mtp=True)
 
-    monkeypatch.setattr(load_module, "_READ_AT_ONCE", 1000)
+    monkeypatch.setattr(reading, "READ_AT_ONCE", 1000)
 
     assert_same(load(made_up, mtp=True), whole)
-    assert_same(load(made_up, mtp=True, mesh=make_mesh(ep=2, tp=2)), whole)
+    assert_spread(load(made_up, mtp=True, mesh=make_mesh(tp=2)), whole)
+
+
+def test_parameters_are_the_same_if_only_one_array_fits_the_read_ahead(made_up, monkeypatch):
+    whole = load(made_up, mtp=True)
+
+    monkeypatch.setattr(reading, "READ_AHEAD", 1)
+
+    assert_same(load(made_up, mtp=True), whole)
 
 
 # Meshes.
 
 
+def assert_spread(spread: LoadedModel, whole: LoadedModel) -> None:
+    """Every device has what its rules say of each array, zeros where it has room for more, and nothing else."""
+    for parameter in parameters(spread.config, mtp=True):
+        there, here = (
+            functools.reduce(lambda tree, key: tree[key], parameter.path, tree)
+            for tree in (both(spread), both(whole))
+        )
+        places = placements(spread.config, spread.mesh, spread.rules, parameter.axes, parameter.value)
+        places = jax.tree.leaves(places, is_leaf=lambda each: isinstance(each, Placement))
+        for found, expected, place in zip(jax.tree.leaves(there), jax.tree.leaves(here), places, strict=True):
+            assert found.sharding == place.sharding, parameter.path
+            stored = np.asarray(expected)
+            for shard in found.addressable_shards:
+                own = np.asarray(shard.data).copy()
+                wanted = stored[tuple(slice(each.start, each.stop) for each in place.source(shard.index))]
+                filled = tuple(slice(size) for size in wanted.shape)
+                assert own[filled].tobytes() == wanted.tobytes(), parameter.path
+                own[filled] = np.zeros((), own.dtype)
+                assert not own.view(np.uint8).any(), parameter.path
+
+
+def both(model: LoadedModel) -> dict:
+    return model.params | {"mtp": [model.mtp_params]}
+
+
 @pytest.mark.parametrize(
-    "sizes", [{"tp": 2}, {"ep": 8}, {"ep": 4, "tp": 2}, {"dp": 2, "ep": 2, "tp": 2}], ids=str
+    ("sizes", "rules"),
+    [
+        pytest.param({"tp": 2}, "tp+ep", id="tensors in two, three blocks of experts"),
+        pytest.param({"tp": 8}, "tp", id="groups of heads and experts more finely than they divide"),
+        pytest.param({"ep": 8}, "ep", id="experts in eight"),
+        pytest.param({"ep": 4, "tp": 2}, "dp-attention", id="a batch and experts in four"),
+        pytest.param({"dp": 2, "ep": 2, "tp": 2}, "context", id="two copies"),
+    ],
 )
-def test_a_mesh_holds_the_same_numbers_and_each_byte_is_read_once(made_up, tensors, monkeypatch, sizes):
-    single = load(made_up, mtp=True)
-    times_read = {name: np.zeros(each.shape[0], int) for name, each in tensors.items()}
+def test_each_device_of_a_mesh_has_its_part_and_each_byte_is_read_once(wide, sizes, rules, monkeypatch):
+    whole = load(wide, mtp=True)
+    times_read = {name: np.zeros(each.shape[0], int) for name, each in read_all(wide).items()}
     read = WeightFiles.read
 
     def counted(files, name, start=0, count=None, out=None):
@@ -276,25 +317,48 @@ def test_a_mesh_holds_the_same_numbers_and_each_byte_is_read_once(made_up, tenso
         return rows
 
     monkeypatch.setattr(WeightFiles, "read", counted)
-    spread = load(made_up, mtp=True, mesh=make_mesh(**sizes), verify="values")
+    spread = load(wide, mtp=True, mesh=make_mesh(**sizes), rules=rules, verify="values")
 
-    assert_same(spread, single)
+    assert_spread(spread, whole)
     assert all((times == 1).all() for times in times_read.values())
+    with WeightFiles.open(wide) as files:
+        assert spread.nbytes_read == whole.nbytes_read == files.nbytes
 
 
-def test_a_device_holds_its_own_part_only(made_up):
-    mesh = make_mesh(ep=4, tp=2)
+def test_a_mesh_of_gpus_lays_out_each_devices_parts(wide, monkeypatch):
+    monkeypatch.setattr(load_module, "current_target", lambda: Target("cuda", "sm_90"))
+    mesh, ids = make_mesh(ep=2, tp=2), jnp.arange(7)[None]
 
-    layer = load(made_up, mesh=mesh).params["layers"][0]
+    def logits(model: LoadedModel) -> np.ndarray:
+        with on_mesh(model.mesh, model.rules):
+            cache = make_cache(model.config, PLAIN, batch=1, max_len=8)
+            arguments = ids, jnp.zeros(1, jnp.int32), jnp.full(1, 7), cache
+            return np.asarray(prefill(model.config, PLAIN, model.params, *arguments)[0])
 
-    assert layer["ffn"]["experts"]["w1"].values.addressable_shards[0].data.shape == (2, 64, 64)
-    assert layer["attn"]["wq_b"]["weight"].values.addressable_shards[0].data.shape == (256, 128)
-    assert layer["attn_norm"]["weight"].sharding.is_fully_replicated
+    laid_out = load(wide, mesh=mesh)
+    experts = laid_out.params["layers"][1]["ffn"]["experts"]
+    attn = laid_out.params["layers"][1]["attn"]
+
+    assert isinstance(experts["w1"], ExpertTiles)
+    assert experts["w3"] is None
+    # Eight of sixteen experts; of gate and up together twice two of three blocks, the fourth one empty.
+    assert experts["w1"].tiles.sharding.shard_shape(experts["w1"].tiles.shape)[:3] == (8, 4, 1)
+    assert experts["w2"].tiles.sharding.shard_shape(experts["w2"].tiles.shape)[:3] == (8, 1, 2)
+    assert attn["wkv"]["weight"] is None
+    monkeypatch.undo()
+    np.testing.assert_allclose(logits(laid_out), logits(load(wide)), rtol=0, atol=1e-5)
 
 
 def test_a_mesh_that_does_not_divide_the_model_is_refused(made_up):
-    with pytest.raises(MemoryPlanError, match=r"tp=4 does not divide o_groups 2") as caught:
+    with pytest.raises(MemoryPlanError, match="tp = 4 cannot split num_attention_heads 4") as caught:
         load(made_up, mesh=make_mesh(tp=4))
+
+    assert caught.value.exit_code == 2
+
+
+def test_rules_that_do_not_exist_are_refused_with_those_that_do(made_up):
+    with pytest.raises(MemoryPlanError, match="'pp'.*have tp\\+ep, tp, ep, dp-attention, context") as caught:
+        load(made_up, mesh=make_mesh(tp=2), rules="pp")
 
     assert caught.value.exit_code == 2
 
@@ -549,9 +613,9 @@ def test_the_largest_numbers_of_every_format_pass_as_finite(changed, tensors):
 
 
 def test_progress_goes_to_stderr_and_ends_at_all_bytes(made_up, capsys, monkeypatch):
-    monkeypatch.setattr(load_module, "_READ_AT_ONCE", 10_000)
+    monkeypatch.setattr(reading, "READ_AT_ONCE", 10_000)
 
-    load(made_up, mesh=make_mesh(ep=2, tp=2), progress=True)
+    load(made_up, mesh=make_mesh(tp=2), progress=True)
 
     captured = capsys.readouterr()
     assert not captured.out

@@ -1,120 +1,58 @@
-"""The model spread over devices, eight made-up ones on a CPU: same logits, same tokens."""
+"""Rules and meshes: where each part of the model lies, and meshes over which it cannot lie."""
 
-from pathlib import Path
+import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from dsv4_jax.cache import make_cache
-from dsv4_jax.checkpoint.load import LoadedModel, load
 from dsv4_jax.checkpoint.names import parameters
 from dsv4_jax.config import FLASH, FLASH_BASE, PRO, PRO_BASE, TINY
-from dsv4_jax.decode import Requests
 from dsv4_jax.errors import MemoryPlanError
-from dsv4_jax.generate import decode_step, generate, prefill
-from dsv4_jax.numerics import PLAIN
-from dsv4_jax.sampling import SamplingArrays, SamplingParams
 from dsv4_jax.sharding import (
     MESH_AXES,
     RULES,
+    Placement,
     check_mesh,
     constrain,
+    current_rules,
     make_mesh,
-    named_sharding,
-    parameter_sharding,
+    on_mesh,
+    placements,
+    resolve,
     spec,
 )
-from pallas_kernels import QuantArray
 
-FOLDER = Path(__file__).parents[1] / "data" / "tiny-fp4"
-CLOSE = 1e-4  # in logits of size 8, sums of which a mesh adds up in another order
-STEPS, MAX_LEN = 6, 64
-LENGTH = np.array([19, 7], np.int32)
-IDS = np.random.default_rng(0).integers(2, TINY.vocab_size, (2, LENGTH.max()), dtype=np.int32)
-
-several_devices = pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
+CONFIGS = [
+    pytest.param(FLASH, id="flash"),
+    pytest.param(FLASH_BASE, id="flash-base"),
+    pytest.param(PRO, id="pro"),
+    pytest.param(PRO_BASE, id="pro-base"),
+]
 
 
-def greedy_logits(loaded: LoadedModel) -> np.ndarray:
-    """Logits after the prompts, then after each greedy token: [step, row, vocab]."""
-    model = loaded.config, PLAIN, loaded.params
-    cache = make_cache(loaded.config, PLAIN, batch=2, max_len=MAX_LEN)
-    logits, cache = prefill(*model, IDS, np.zeros_like(LENGTH), LENGTH, cache)
-    rows = [np.asarray(logits)]
-    for step in range(STEPS - 1):
-        token = rows[-1].argmax(-1).astype(np.int32)
-        logits, cache = decode_step(*model, token, LENGTH + step, cache)
-        rows.append(np.asarray(logits))
-    return np.stack(rows)
+def mesh_of(dp: int, ep: int, tp: int) -> Mesh:
+    """Of devices that need not exist: nothing is put on them."""
+    return AbstractMesh((dp, ep, tp), MESH_AXES)  # type: ignore[return-value]
 
 
-@pytest.fixture(scope="module")
-def on_one_device(tiny_fp4, shallow) -> np.ndarray:
-    return greedy_logits(shallow(tiny_fp4.loaded))
+def places_of(config, mesh, rules, path):
+    """The placements of the parameter at this path of layer 3: of its values, and of its scale."""
+    wanted = ("layers", 3, *path.split("."))
+    found = next(each for each in parameters(config, mtp=False) if each.path == wanted)
+    places = placements(config, mesh, RULES[rules], found.axes, found.value)
+    return jax.tree.leaves(places, is_leaf=lambda each: isinstance(each, Placement))
 
 
-@several_devices
-@pytest.mark.parametrize(
-    ("dp", "ep", "tp"),
-    [
-        pytest.param(1, 1, 1, id="a mesh of one"),
-        pytest.param(1, 1, 2, id="tensors in two"),
-        pytest.param(1, 2, 1, id="experts in two"),
-        pytest.param(1, 2, 2, id="experts and tensors in two"),
-        pytest.param(2, 1, 2, id="batch and tensors in two"),
-    ],
-)
-def test_a_mesh_gives_the_logits_and_greedy_tokens_of_one_device(dp, ep, tp, shallow, on_one_device):
-    mesh = make_mesh(dp, ep, tp)
-    loaded = shallow(load(FOLDER, mesh=mesh))
-
-    with jax.set_mesh(mesh):
-        logits = greedy_logits(loaded)
-
-    np.testing.assert_allclose(logits, on_one_device, rtol=0, atol=CLOSE)
-    np.testing.assert_array_equal(logits.argmax(-1), on_one_device.argmax(-1))
-
-
-@several_devices
-def test_the_whole_token_loop_runs_on_a_mesh(shallow, on_one_device):
-    mesh = make_mesh(ep=2, tp=2)
-    loaded = shallow(load(FOLDER, mesh=mesh))
-    model = loaded.config, PLAIN, loaded.params
-    greedy = SamplingArrays.stack([SamplingParams(temperature=0.0)] * 2)
-    limits = np.full(2, STEPS, np.int32), np.zeros(2, bool)
-
-    with jax.set_mesh(mesh):
-        requests = Requests(greedy, *limits)
-        written = generate(*model, IDS, LENGTH, requests, max_new=STEPS, max_len=MAX_LEN)
-
-    np.testing.assert_array_equal(np.asarray(written.tokens).T, on_one_device.argmax(-1))
-
-
-@several_devices
-def test_each_device_holds_its_share_of_the_parameters(tiny_fp4):
-    mesh = make_mesh(ep=2, tp=2)
-
-    spread = load(FOLDER, mtp=True, mesh=mesh)
-
-    whole = tiny_fp4.loaded
-    for parameter in parameters(spread.config, mtp=True):
-        tree, expected = (spread.params, whole.params)
-        path = parameter.path
-        if path[0] == "mtp":
-            tree, expected, path = spread.mtp_params, whole.mtp_params, path[2:]
-        for key in path:
-            tree, expected = tree[key], expected[key]
-        assert jax.tree.map(lambda leaf: leaf.sharding, tree) == parameter_sharding(
-            mesh, parameter.axes, tree
-        )
-        jax.tree.map(np.testing.assert_array_equal, tree, expected)
-    experts = spread.params["layers"][1]["ffn"]["experts"]
-    assert {each.data.shape for each in experts["w1"].values.addressable_shards} == {(4, 64, 64)}  # packed
-    assert {each.data.shape for each in experts["w2"].values.addressable_shards} == {(4, 128, 32)}
-    assert spread.mesh == mesh
+def parts(place: Placement) -> list[tuple[range, ...]]:
+    """What each device has of the stored array, of which one dimension is split over all devices."""
+    (split,) = (number for number, axis in enumerate(place.sharding.spec) if axis)
+    width = place.sharding.shard_shape(place.shape)[split]
+    indices = [[slice(None)] * len(place.shape) for _ in range(0, place.shape[split], width)]
+    for number, index in enumerate(indices):
+        index[split] = slice(number * width, (number + 1) * width)
+    return [place.source(tuple(index)) for index in indices]
 
 
 # Rules.
@@ -123,13 +61,14 @@ def test_each_device_holds_its_share_of_the_parameters(tiny_fp4):
 def test_a_spec_follows_the_rules():
     assert spec("experts", "expert_hidden", "hidden") == PartitionSpec("expert", "tensor", None)
     assert spec("vocab", None) == PartitionSpec(("expert", "tensor"), None)
-    assert spec("heads", rules={**RULES, "heads": None}) == PartitionSpec(None)
+    whole_heads = dataclasses.replace(RULES["tp"], heads=())
+    assert spec("heads", rules=whole_heads) == PartitionSpec(None)
 
 
 @pytest.mark.parametrize(
     "axes",
     [("heads", "expert_hidden"), ("vocab", "heads"), ("experts", "vocab")],
-    ids=["one axis twice", "an axis within a pair", "a pair after an axis"],
+    ids=["part of a pair", "the same pair", "a pair after an axis"],
 )
 def test_two_dimensions_on_one_mesh_axis_are_refused_by_name(axes):
     with pytest.raises(ValueError, match=f"'{axes[0]}', '{axes[1]}'.* two dimensions over one mesh axis"):
@@ -137,16 +76,22 @@ def test_two_dimensions_on_one_mesh_axis_are_refused_by_name(axes):
 
 
 def test_an_axis_without_a_rule_is_refused():
-    with pytest.raises(KeyError, match="wings"):
+    with pytest.raises(AttributeError, match="wings"):
         spec("batch", "wings")
 
 
-def test_a_dimension_that_does_not_divide_stays_whole():
-    mesh = AbstractMesh((1, 2, 2), MESH_AXES)
+def test_rules_hold_inside_of_on_mesh_only():
+    with on_mesh(make_mesh(), "ep"):
+        assert current_rules() == RULES["ep"]
+    assert current_rules() == RULES["tp+ep"]
 
-    scale = named_sharding(mesh, ("experts", "expert_hidden", "hidden"), (4, 1, 3))
 
-    assert scale.spec == PartitionSpec("expert", None, None)
+def test_a_batch_is_split_over_those_axes_that_divide_it():
+    mesh = {"data": 2, "expert": 4, "tensor": 1}
+
+    split = [resolve(RULES["dp-attention"], mesh, {"batch": size}).batch for size in (16, 4, 6, 1)]
+
+    assert split == [("data", "expert"), ("expert",), (), ()]
 
 
 def test_without_a_mesh_constraints_do_nothing():
@@ -155,93 +100,103 @@ def test_without_a_mesh_constraints_do_nothing():
     assert constrain(x, "batch", "hidden") is x
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        pytest.param(FLASH, id="flash"),
-        pytest.param(FLASH_BASE, id="flash-base"),
-        pytest.param(PRO, id="pro"),
-        pytest.param(PRO_BASE, id="pro-base"),
-        pytest.param(TINY, id="tiny"),
-    ],
-)
-def test_every_parameter_of_the_models_splits_as_its_axes_say(config):
-    mesh = AbstractMesh((2, 2, 2), MESH_AXES)
+# Parameters.
+
+
+@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_number_of_the_models_lies_where_its_axes_say_and_nowhere_else(config, rules):
+    mesh = mesh_of(2, 2, 4)
 
     for parameter in parameters(config, mtp=True):
-        value, axes = parameter.value, parameter.axes
-        sharding = parameter_sharding(mesh, axes, value)
+        places = placements(config, mesh, RULES[rules], parameter.axes, parameter.value)
+        leaves = jax.tree.leaves(places, is_leaf=lambda each: isinstance(each, Placement))
+        for leaf, place in zip(jax.tree.leaves(parameter.value), leaves, strict=True):
+            assert place.shape == leaf.shape, parameter.path  # all blocks come out even
+            assert place.sharding.spec == spec(*parameter.axes, rules=RULES[rules]), parameter.path
+            assert place.sharding.shard_shape(place.shape)  # raises where a dimension does not divide
 
-        assert len(axes) == value.ndim, parameter.path
-        values, split = (
-            (value.values, sharding.values) if isinstance(value, QuantArray) else (value, sharding)
-        )
-        assert split == NamedSharding(mesh, spec(*axes)), parameter.path  # no dimension was left whole
-        assert split.shard_shape(values.shape)  # raises where a dimension does not divide
-        for leaf, its in zip(jax.tree.leaves(value), jax.tree.leaves(sharding), strict=True):
-            assert its.shard_shape(leaf.shape)
+
+def test_blocks_that_do_not_come_out_even_leave_the_last_devices_fewer():
+    values, scale = places_of(PRO, mesh_of(1, 1, 16), "tp+ep", "ffn.shared_experts.w1.weight")
+
+    assert values.shape == (16 * 256, 7168)  # of 3072 rows: 24 blocks of 128, two for a device
+    assert [len(rows) for rows, _ in parts(values)] == [256] * 12 + [0] * 4
+    assert [len(rows) for rows, _ in parts(scale)] == [2] * 12 + [0] * 4
+    rows = [row for rows, _ in parts(values) for row in rows]
+    assert rows == list(range(3072))
+
+
+def test_packed_columns_split_where_their_numbers_do():
+    values, scale = places_of(PRO, mesh_of(1, 1, 16), "tp", "ffn.experts.w2")
+
+    assert [columns for _, _, columns in parts(values)][:2] == [range(128), range(128, 256)]  # two a byte
+    assert [columns for _, _, columns in parts(scale)][:2] == [range(8), range(8, 16)]  # 32 a scale
+
+
+@pytest.mark.parametrize("devices", [12, 24])
+def test_experts_of_pro_lie_on_12_and_24_devices(devices):
+    mesh = mesh_of(1, devices, 1)
+
+    check_mesh(PRO, mesh.shape, RULES["dp-attention"])
+    values, _ = places_of(PRO, mesh, "dp-attention", "ffn.experts.w1")
+    assert [len(experts) for experts, _, _ in parts(values)] == [384 // devices] * devices
+
+
+def test_devices_that_share_a_group_of_heads_have_a_piece_of_its_columns_each():
+    values, scale = places_of(FLASH, mesh_of(1, 1, 16), "tp+ep", "attn.wo_a.weight")
+
+    assert values.shape == (16 * 1024, 2048)  # 8 groups of 1024 rows and 4096 columns
+    assert parts(values)[:3] == [
+        (range(1024), range(2048)),
+        (range(1024), range(2048, 4096)),
+        (range(1024, 2048), range(2048)),
+    ]
+    assert parts(scale)[1] == (range(8), range(16, 32))
 
 
 # Meshes that do not fit.
 
 
 @pytest.mark.parametrize(
-    ("config", "shape", "message"),
+    ("config", "rules", "sizes", "message"),
     [
         pytest.param(
-            TINY,
-            {"tensor": 3},
-            "tp=3 does not divide num_attention_heads 4, o_groups 2, moe_intermediate_size 128"
-            " (tp can be 1, 2)",
-            id="tensors in three",
+            *(TINY, "tp+ep", (1, 1, 3)),
+            "tp = 3 cannot split num_attention_heads 4 in o_groups 2 of rank 128 (tp can be 1, 2)",
+            id="heads in three",
         ),
         pytest.param(
-            TINY, {"tensor": 4}, "tp=4 does not divide o_groups 2 (tp can be 1, 2)", id="more than groups"
+            *(FLASH, "tp+ep", (1, 4, 32)),
+            "ep * tp = 128 cannot split num_attention_heads 64 in o_groups 8 of rank 1024"
+            " (ep * tp can be 1, 2, 4, 8, 16, 32, 64)",
+            id="more devices than heads",
         ),
         pytest.param(
-            TINY,
-            {"expert": 3},
-            "ep=3 does not divide n_routed_experts 8 (ep can be 1, 2, 4, 8)",
+            *(TINY, "dp-attention", (1, 3, 1)),
+            "ep = 3 cannot split n_routed_experts 8 (ep can be 1, 2, 4, 8)",
             id="experts in three",
-        ),
-        pytest.param(
-            FLASH,
-            {"tensor": 16},
-            "tp=16 does not divide o_groups 8 (tp can be 1, 2, 4, 8)",
-            id="flash in sixteen",
-        ),
-        pytest.param(
-            FLASH,
-            {"tensor": 8, "expert": 256},
-            "tp * ep = 2048 does not divide vocab_size 129280 (choose tp * ep to divide it)",
-            id="too fine for the vocabulary",
         ),
     ],
 )
-def test_a_mesh_that_does_not_divide_the_model_is_refused_with_those_that_do(config, shape, message):
+def test_a_mesh_that_does_not_divide_the_model_is_refused_with_those_that_do(config, rules, sizes, message):
     with pytest.raises(MemoryPlanError) as caught:
-        check_mesh(config, shape)
+        check_mesh(config, mesh_of(*sizes).shape, RULES[rules])
 
     assert str(caught.value) == message
     assert caught.value.exit_code == 2
 
 
 @pytest.mark.parametrize(
-    ("config", "shape"),
+    ("config", "rules", "sizes"),
     [
-        pytest.param(FLASH, {"data": 3, "expert": 8, "tensor": 8}, id="flash on 192"),
-        pytest.param(PRO, {"data": 1, "expert": 4, "tensor": 16}, id="pro on 64"),
-        pytest.param(TINY, {}, id="no mesh"),
+        pytest.param(FLASH, "tp+ep", (3, 4, 8), id="flash on 96"),
+        pytest.param(PRO, "tp", (1, 1, 16), id="pro on 16"),
+        pytest.param(PRO, "dp-attention", (1, 4, 16), id="pro on 64"),
     ],
 )
-def test_a_mesh_that_divides_the_model_is_accepted(config, shape):
-    assert check_mesh(config, shape) is None
-
-
-@several_devices
-def test_loading_refuses_a_mesh_before_it_reads():
-    with pytest.raises(MemoryPlanError, match="tp=3 does not divide"):
-        load(FOLDER, mesh=make_mesh(tp=3))
+def test_a_mesh_that_divides_the_model_is_accepted(config, rules, sizes):
+    assert check_mesh(config, mesh_of(*sizes).shape, RULES[rules]) is None
 
 
 def test_a_mesh_takes_the_first_devices_in_the_order_of_its_axes():
