@@ -51,7 +51,7 @@ from dsv4_jax.errors import MemoryPlanError, RequestError
 from dsv4_jax.model import Params, bind
 from dsv4_jax.mtp import bind_mtp, make_mtp_cache
 from dsv4_jax.numerics import Numerics
-from dsv4_jax.parallel import put_row, settled, take_row
+from dsv4_jax.parallel import on_all, put_row, settled, take_row
 from dsv4_jax.prefix import PrefixCache, PromptState, put_block, take_block
 from dsv4_jax.sampling import SamplingParams
 from dsv4_jax.sharding import on_mesh
@@ -570,7 +570,7 @@ def _begin(
     row = take_row(sequences.caches, slot)
     asked = take_row(requests, slot)
     added, begun = first_step(models, asked, last, place[1:], row, draft_tokens, config.eos_token_id)
-    return added, _set_row(sequences, begun, slot)
+    return on_all(added), _set_row(sequences, begun, slot)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -599,7 +599,8 @@ def _advance(
     """What follows from what the model said of all tokens just read."""
     together = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *found)
     models, drafts = _models(config, numerics, params), sequences.drafts.shape[1]
-    return advance(models, requests, sequences, together, drafts, config.eos_token_id)
+    added, following = advance(models, requests, sequences, together, drafts, config.eos_token_id)
+    return on_all(added), following
 
 
 # --- host helpers

@@ -230,6 +230,11 @@ def settled(tree: Any) -> Any:
     return jax.tree.map(lambda along, leaf: constrain(leaf, *along.axes), rows_of(tree), tree)
 
 
+def on_all(tree: Any) -> Any:
+    """The same arrays, whole on every device: so each process can read them."""
+    return jax.tree.map(constrain, tree)
+
+
 def take_row(tree: Any, row: jax.Array) -> Any:
     """One row [1, ...] of each leaf [B, ...], on all devices alike."""
 

@@ -96,10 +96,11 @@ class ArrayRead:
     def _reading(self) -> Placement:
         """Where the array lies while it is read: in other rows, if only some of its columns were of use."""
         placement, sharding = self.placement, self.placement.sharding
-        if not isinstance(sharding, NamedSharding) or placement.pieces > 1 or jax.process_count() == 1:
+        several = isinstance(sharding, NamedSharding) and jax.process_count() > 1
+        if not several or placement.pieces > 1 or len(placement.shape) == 1:
             return placement
-        *outer, rows, columns = (*sharding.spec, *[None] * (len(placement.shape) - len(sharding.spec)))
-        if columns is None or rows is not None or not outer and len(placement.shape) != 2:
+        *outer, rows, columns = sharding.spec
+        if columns is None or rows is not None:
             return placement
         indices = sharding.addressable_devices_indices_map(placement.shape).values()
         own = {range(placement.shape[-1])[index[-1]] for index in indices if index is not None}
