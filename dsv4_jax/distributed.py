@@ -19,6 +19,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+import pallas_kernels
 from dsv4_jax.errors import EXIT_UNAVAILABLE, EXIT_USAGE, DistributedError
 
 PATIENCE = 6.0  # seconds for the coordinator to listen
@@ -66,7 +67,9 @@ def find_member(
         coordinator, num_processes, process_id, devices = found
     names = ("a coordinator", "the number of processes", "the number of this process")
     missing = [
-        name for name, each in zip(names, (coordinator, num_processes, process_id), strict=True) if each is None
+        name
+        for name, each in zip(names, (coordinator, num_processes, process_id), strict=True)
+        if each is None
     ]
     if coordinator is None or num_processes is None or process_id is None:
         raise DistributedError(
@@ -249,12 +252,9 @@ def from_first(data: bytes) -> bytes:
 
 def code_fingerprint() -> str:
     """Tells versions of this code and of JAX apart."""
-    import dsv4_jax
-    import pallas_kernels
-
     digest = hashlib.sha256(jax.__version__.encode())
-    for package in (dsv4_jax, pallas_kernels):
-        root = Path(str(package.__file__)).parent
+    for file in (__file__, pallas_kernels.__file__):
+        root = Path(str(file)).parent
         for path in sorted(root.rglob("*.py")):
             digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()

@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dsv4_jax.sharding import Axes, Rules, constrain, current_rules, resolve, spec, ways
-from pallas_kernels import ExpertTiles, QuantArray
+from pallas_kernels import ExpertTiles
 
 
 class Along:
@@ -76,7 +76,9 @@ def spread(
         ]
         given = iter(passed)
         own_values = [
-            next(given) if is_real else jnp.zeros(NamedSharding(mesh, each).shard_shape(leaf.shape), leaf.dtype)
+            next(given)
+            if is_real
+            else jnp.zeros(NamedSharding(mesh, each).shard_shape(leaf.shape), leaf.dtype)
             for leaf, each, is_real in zip(value_leaves, value_specs, real, strict=True)
         ]
         with _inside(rules):
@@ -206,9 +208,7 @@ def scattered_in_groups(x: jax.Array, axis: str, size: int, *, dimension: int) -
     names = axes_of(axis)
     count = size_of(names)
     groups = np.arange(count).reshape(-1, size).tolist()
-    return jax.lax.psum_scatter(
-        x, names, scatter_dimension=dimension, axis_index_groups=groups, tiled=True
-    )
+    return jax.lax.psum_scatter(x, names, scatter_dimension=dimension, axis_index_groups=groups, tiled=True)
 
 
 # --- rows of a batch that is split
@@ -274,7 +274,9 @@ def _take(leaf: jax.Array, row: jax.Array) -> jax.Array:
     found = jax.lax.dynamic_slice_in_dim(leaf, local, 1)
     # Numbers as they are stored, so that their sum with zeros is exact, whatever they are.
     found = jnp.where(mine, found, jnp.zeros_like(found))
-    return total(found.astype(jnp.int32), "batch").astype(bool) if found.dtype == bool else total(found, "batch")
+    return (
+        total(found.astype(jnp.int32), "batch").astype(bool) if found.dtype == bool else total(found, "batch")
+    )
 
 
 def _put(leaf: jax.Array, new: jax.Array, row: jax.Array) -> jax.Array:

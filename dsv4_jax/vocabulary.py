@@ -59,9 +59,7 @@ def at(here: Float32[Array, "*rows V"], tokens: Int32[Array, "*rows"]) -> Float3
     return parallel.total(jnp.where((place >= 0) & (place < here.shape[-1]), found, 0), AXIS)
 
 
-def pick(
-    logits: Float32[Array, "B n V"], tokens: Int32[Array, "B n"]
-) -> Float32[Array, "B n"]:
+def pick(logits: Float32[Array, "B n V"], tokens: Int32[Array, "B n"]) -> Float32[Array, "B n"]:
     """As `at`, of numbers for the whole vocabulary."""
     return parallel.spread(at, (), ((logits, ROWS_OF_TOKENS), (tokens, Along("batch"))), Along("batch"))
 

@@ -5,7 +5,7 @@ become one weight in tiles, and linears that read the same input one weight of a
 those are None from then on; `nn` asks for that. On a mesh each device lays out its own parts.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,9 +13,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
+from dsv4_jax.checkpoint.names import Parameter, nest
+from dsv4_jax.config import Config
+from dsv4_jax.model import Params
 from dsv4_jax.parallel import parameter_specs_of
 from dsv4_jax.sharding import DEFAULT_RULES, RULES, Rules
-from pallas_kernels import Target, join_rows, prepare_experts
+from pallas_kernels import QuantArray, Target, current_target, join_rows, prepare_experts
+from pallas_kernels.fnuz import for_target
 
 Path = tuple[str | int, ...]
 
@@ -104,6 +108,29 @@ class Layout:
             ]
             changed.append(jax.tree.unflatten(jax.tree.structure(parts[0][number]), arrays))
         return changed
+
+
+def assemble(
+    config: Config, stored: list[Parameter], arrays: Iterator[jax.Array], mesh: Mesh | None, rules: Rules
+) -> tuple[Params, Params | None]:
+    """The parameters of the model and of its MTP head, from their arrays, laid out for this device.
+
+    Args:
+      stored: the parameters as a checkpoint has them.
+      arrays: of all of them, leaf by leaf.
+    """
+    target = current_target()
+    layout = Layout(target, mesh, rules, {parameter.path: parameter.axes for parameter in stored})
+    for parameter in stored:
+        tree = jax.tree.structure(parameter.value)
+        value = jax.tree.unflatten(tree, [next(arrays) for _ in range(tree.num_leaves)])
+        # Experts are laid out by `prepare_experts`, which starts from the checkpoint's form.
+        if isinstance(value, QuantArray) and not parameter.stacked:
+            value = for_target(value, target)
+        layout.take(parameter.path, value)
+    params = nest(layout.leaves)
+    heads = params.pop("mtp", None)
+    return params, heads[0] if heads else None
 
 
 def _parts_on(device: jax.Device, values: list[Any]) -> list[Any]:

@@ -2,8 +2,7 @@
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -11,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from dsv4_jax.checkpoint.layouts import Layout
-from dsv4_jax.checkpoint.names import Parameter, is_shared_copy, nest, parameters
+from dsv4_jax.checkpoint.converted import check_finished, is_converted
+from dsv4_jax.checkpoint.layouts import assemble
+from dsv4_jax.checkpoint.names import Parameter, is_shared_copy, parameters
+from dsv4_jax.checkpoint.progress import progress_bar
 from dsv4_jax.checkpoint.reading import ArrayRead, Check, Reader
+from dsv4_jax.checkpoint.restore import restore
 from dsv4_jax.config import Config
 from dsv4_jax.errors import CheckpointError, NumericError
 from dsv4_jax.model import Params
@@ -30,10 +30,9 @@ from dsv4_jax.sharding import (
     placements,
 )
 from dsv4_jax.weight_files import TensorInfo, WeightFiles
-from pallas_kernels import QuantArray, current_target
-from pallas_kernels.fnuz import for_target
+from pallas_kernels import QuantArray
 
-Verify = Literal["header", "values"]
+Verify = Literal["header", "values", "full"]
 
 
 class CheckpointWarning(UserWarning):
@@ -71,7 +70,7 @@ def load(
     strict: bool = False,
     progress: bool = False,
 ) -> LoadedModel:
-    """Reads a checkpoint in the official DeepSeek-V4 format.
+    """Reads a checkpoint in the official DeepSeek-V4 format, or one that `convert` wrote.
 
     Numbers stay as they are stored: FP4 packed, FP8, E8M0 scales as exponents. Reads no byte twice, and on
     several hosts none that the devices of this one do not need; how much is on the host at a time is bounded.
@@ -80,7 +79,8 @@ def load(
       mtp: also load the MTP head.
       mesh: spread the parameters over these devices.
       rules: how, a table of `sharding.RULES` or its name.
-      verify: "values" also looks for NaN and infinities in everything read.
+      verify: "values" also looks for NaN and infinities in everything read; "full" holds every byte of a
+        converted checkpoint against its sums first.
       strict: refuse tensors that the model has no place for; otherwise they are a CheckpointWarning.
       progress: show a bar on stderr.
 
@@ -90,45 +90,33 @@ def load(
       NumericError: `verify="values"` found a number that is not finite.
       MemoryPlanError: the mesh does not divide the model.
     """
+    if is_converted(folder):
+        check_finished(Path(folder))
     config, rules = Config.from_pretrained(folder), find_rules(rules)
     if mesh is not None:
         check_mesh(config, mesh.shape, rules)
+    if is_converted(folder):
+        params, mtp_params, nbytes = restore(
+            Path(folder), config, mtp=mtp, mesh=mesh, rules=rules, verify=verify, progress=progress
+        )
+        return LoadedModel(config, params, mtp_params, mesh, rules, nbytes)
+    if verify == "full":
+        raise CheckpointError(
+            f"{folder}: has no sums to verify it by", hint="only a checkpoint that was converted has"
+        )
     with WeightFiles.open(folder) as files:
         check_draft(config, files, mtp=mtp)
-        _check_names(config, files, mtp=mtp, strict=strict)
+        check_names(config, files, mtp=mtp, strict=strict)
         stored = [resolve(parameter, files) for parameter in parameters(config, mtp=mtp)]
         reads = [array_reads(parameter, files, config, mesh, rules) for parameter in stored]
         wanted = [read for each in reads for read in each]
         nbytes = sum(read.nbytes for read in wanted)
         with (
             progress_bar("loading", nbytes, progress and jax.process_index() == 0) as advance,
-            Reader(files, _checker(config, verify), advance) as reader,
+            Reader(files, value_checker(config, verify), advance) as reader,
         ):
             params, mtp_params = assemble(config, stored, reader.arrays(wanted), mesh, rules)
     return LoadedModel(config, params, mtp_params, mesh, rules, nbytes)
-
-
-def assemble(
-    config: Config, stored: list[Parameter], arrays: Iterator[jax.Array], mesh: Mesh | None, rules: Rules
-) -> tuple[Params, Params | None]:
-    """The parameters of the model and of its MTP head, from their arrays, laid out for this device.
-
-    Args:
-      stored: the parameters as a checkpoint has them.
-      arrays: of all of them, leaf by leaf.
-    """
-    target = current_target()
-    layout = Layout(target, mesh, rules, {parameter.path: parameter.axes for parameter in stored})
-    for parameter in stored:
-        tree = jax.tree.structure(parameter.value)
-        value = jax.tree.unflatten(tree, [next(arrays) for _ in range(tree.num_leaves)])
-        # Experts are laid out by `prepare_experts`, which starts from the checkpoint's form.
-        if isinstance(value, QuantArray) and not parameter.stacked:
-            value = for_target(value, target)
-        layout.take(parameter.path, value)
-    params = nest(layout.leaves)
-    heads = params.pop("mtp", None)
-    return params, heads[0] if heads else None
 
 
 def check_draft(config: Config, files: WeightFiles, *, mtp: bool) -> None:
@@ -176,7 +164,12 @@ def missing_and_unexpected(config: Config, files: WeightFiles, *, mtp: bool) -> 
     return missing, unexpected
 
 
-def _check_names(config: Config, files: WeightFiles, *, mtp: bool, strict: bool) -> None:
+def check_names(config: Config, files: WeightFiles, *, mtp: bool, strict: bool) -> None:
+    """Refuses a folder that lacks tensors of the model, and warns of those that it has no place for.
+
+    Raises:
+      CheckpointError: tensors are missing or, if `strict`, unexpected.
+    """
     missing, unexpected = missing_and_unexpected(config, files, mtp=mtp)
     if missing:
         raise CheckpointError(
@@ -273,7 +266,9 @@ def array_reads(
     ]
 
 
-def _checker(config: Config, verify: Verify) -> Check:
+def value_checker(config: Config, verify: Verify) -> Check:
+    """What looks at each piece of a tensor that is read."""
+
     def check(info: TensorInfo, tensor: np.ndarray) -> None:
         if info.dtype == "I64":
             _check_expert_ids(info, tensor, config.n_routed_experts)
@@ -300,15 +295,3 @@ def _check_finite(info: TensorInfo, tensor: np.ndarray) -> None:
             f"{info.file}: {info.name} holds values that are not finite numbers",
             hint="download the file again",
         )
-
-
-@contextmanager
-def progress_bar(label: str, nbytes: int, shown: bool) -> Iterator[Callable[[int], None]]:
-    """A bar by bytes on stderr, or nothing; gives a function that moves it on."""
-    if not shown:
-        yield lambda nbytes: None
-        return
-    columns = (TextColumn(label), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=nbytes)
-        yield lambda nbytes: bar.advance(task, nbytes)

@@ -163,15 +163,22 @@ class Reader:
         Raises:
           CheckpointError: a file cannot be read to its end.
         """
+        return (filling.finish() for filling in self._filled(wanted))
+
+    def host_arrays(self, wanted: Sequence[ArrayRead]) -> Iterator[np.ndarray]:
+        """As `arrays`, whole and on the host."""
+        return (filling.on_host() for filling in self._filled(wanted))
+
+    def _filled(self, wanted: Sequence[ArrayRead]) -> "Iterator[_Filling]":
         under_way: collections.deque[_Filling] = collections.deque()
         for array in wanted:
             held = sum(each.array.host_nbytes for each in under_way)
             while under_way and held + array.host_nbytes > READ_AHEAD:
                 held -= under_way[0].array.host_nbytes
-                yield under_way.popleft().finish()
+                yield under_way.popleft()
             under_way.append(self._start(array))
         while under_way:
-            yield under_way.popleft().finish()
+            yield under_way.popleft()
 
     def _start(self, array: ArrayRead) -> "_Filling":
         buffers = {}
@@ -196,7 +203,9 @@ class Reader:
         self._read(array.tensors[number], rows, places)
         self._advance(len(rows) * array._row_nbytes(number))
 
-    def _read(self, info: TensorInfo, rows: range, places: list[tuple[np.ndarray, range, list[range]]]) -> None:
+    def _read(
+        self, info: TensorInfo, rows: range, places: list[tuple[np.ndarray, range, list[range]]]
+    ) -> None:
         """Fills the beginning of arrays, each with those rows and columns of a tensor that go with it.
 
         Bytes are reinterpreted, never cast, but for I64 tables: JAX would cut those to int32 without a word.
@@ -223,8 +232,15 @@ class _Filling:
     buffers: dict[Part, np.ndarray]
     jobs: list[Future[None]]
 
+    def on_host(self) -> np.ndarray:
+        """The whole array, once all is read."""
+        for job in self.jobs:
+            job.result()
+        (buffer,) = self.buffers.values()
+        return buffer if self.array.stacked else buffer[0]
+
     def finish(self) -> jax.Array:
-        """The array, once all is read."""
+        """The array on its devices, once all is read."""
         for job in self.jobs:
             job.result()
         placement = self.array._reading

@@ -36,7 +36,9 @@ def routings() -> dict[str, np.ndarray]:
         "all to the first experts": np.tile(np.arange(CHOICES), (BATCH, 1)),
         "all to the last device": np.tile(EXPERTS - 1 - np.arange(CHOICES), (BATCH, 1)),
         "each to three devices": np.tile([0, 5, 10], (BATCH, 1)),
-        "one device sends all, the others at random": np.where(np.arange(BATCH)[:, None] < 12, 7 + 0 * random, random),
+        "one device sends all, the others at random": np.where(
+            np.arange(BATCH)[:, None] < 12, 7 + 0 * random, random
+        ),
     }
 
 
@@ -63,9 +65,9 @@ def test_every_token_reaches_all_its_experts(routing, rules, capacity, monkeypat
     with on_mesh(make_mesh(ep=4, tp=2), rules):
         rows = Along("batch")
         arguments = (x, rows), (experts, rows), (weights, rows), (scale, Along("experts"))
-        found = jax.jit(lambda *each: spread(routed, (), list(zip(each, [along for _, along in arguments])), rows))(
-            *(value for value, _ in arguments)
-        )
+        found = jax.jit(
+            lambda *each: spread(routed, (), list(zip(each, [along for _, along in arguments])), rows)
+        )(*(value for value, _ in arguments))
 
     np.testing.assert_allclose(found, answer(x, experts, weights, scale), rtol=1e-5, atol=1e-6)
 
@@ -96,7 +98,9 @@ def test_the_best_entries_of_a_text_in_parts_are_those_of_the_whole(top_k):
 
     expected = np.asarray(index_select(q, keys, weights, visible, top_k))
     np.testing.assert_array_equal(chosen, expected)
-    rows = np.take_along_axis(entries, np.maximum(expected, 0).reshape(2, -1, 1), 1).reshape(*expected.shape, -1)
+    rows = np.take_along_axis(entries, np.maximum(expected, 0).reshape(2, -1, 1), 1).reshape(
+        *expected.shape, -1
+    )
     np.testing.assert_array_equal(found, np.where(expected[..., None] >= 0, rows, 0))
 
 
