@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from contextlib import AbstractContextManager
 from typing import Literal
 
 import jax
@@ -34,9 +35,22 @@ class Target:
         return self.vendor == "rocm" and self.arch == "gfx942"
 
 
-@functools.cache
+# In place of JAX's default backend; part of the key of every cache of jax.jit.
+_assumed = jax.make_user_context(None)
+
+
+def assume(target: Target) -> AbstractContextManager[None]:
+    """In a `with`, makes ops traced inside it those of this target: to compile for what is not at hand."""
+    return _assumed(target)
+
+
 def current_target() -> Target:
-    """The target of JAX's default backend."""
+    """The target of JAX's default backend, or the one that is assumed."""
+    return _assumed.value or _target_at_hand()
+
+
+@functools.cache
+def _target_at_hand() -> Target:
     device = jax.devices()[0]
     if device.platform == "cpu":
         return Target("cpu", "")
