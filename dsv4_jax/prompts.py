@@ -20,7 +20,7 @@ from dsv4_jax.errors import EXIT_BAD_DATA, EXIT_NO_INPUT, OutputError, RequestEr
 from dsv4_jax.sampling import SamplingParams
 
 # What a row may set for itself; anything else in it is taken for a slip of the pen.
-SAMPLING_KEYS = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "ignore_eos")
+SAMPLING_KEYS = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "ignore_eos", "stop")
 _KEYS = ("id", "prompt", "tokens", *SAMPLING_KEYS)
 
 

@@ -49,14 +49,23 @@ class SamplingParams:
     seed: int = 0
     ignore_eos: bool = False  # go on to max_tokens past an end-of-sentence token
     logprobs: bool = False  # list the log-probability of each generated token in the output
+    stop: tuple[str, ...] = ()  # texts that end the answer, which is cut before them
 
     def __post_init__(self):
+        object.__setattr__(self, "stop", _stop_strings(self.stop))
         for name, (kind, holds, wanted) in _RANGES.items():
             value = getattr(self, name)
             # bool is a subclass of int, but max_tokens=True is a mistake.
             right_kind = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
             if not right_kind or not holds(value):
                 raise RequestError(f"{name} must be {wanted}, got {value!r}.")
+
+
+def _stop_strings(stop: Any) -> tuple[str, ...]:
+    strings = (stop,) if isinstance(stop, str) else stop
+    if not isinstance(strings, list | tuple) or not all(isinstance(each, str) and each for each in strings):
+        raise RequestError(f"stop must be texts that are not empty, got {stop!r}.")
+    return tuple(strings)
 
 
 @jax.tree_util.register_dataclass

@@ -28,7 +28,7 @@ class Tokenizer:
         """Reads `folder`/tokenizer.json for a model of `vocab_size` token ids.
 
         Raises:
-          TokenizerError: the file is absent, not a byte-level tokenizer, or of a model with another vocabulary.
+          TokenizerError: the file is absent, not a byte-level tokenizer, or that of another vocabulary.
         """
         path = Path(folder) / _FILE
         try:
@@ -178,7 +178,7 @@ def check_text(text: str) -> str:
 
 def _byte_alphabet() -> dict[str, int]:
     """The character that stands for each byte in a byte-level BPE: printable ones for themselves."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
 

@@ -29,6 +29,7 @@ LEVELS = [
     ["generate", "prefix"],
     ["engine"],
     ["tokenizer", "prompts"],
+    ["chat.*", "stops"],
     ["llm"],
     ["cli"],
     ["__main__"],

@@ -63,10 +63,7 @@ class Completion:
         if self.reasoning:
             message["reasoning_content"] = self.reasoning
         if self.tool_calls:
-            message["tool_calls"] = [
-                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-                for call in self.tool_calls
-            ]
+            message["tool_calls"] = [call.to_dict() for call in self.tool_calls]
         return message
 
 
@@ -160,7 +157,8 @@ class _ByToken:
     def __init__(self, tokenizer: Tokenizer, thinking: bool, stage: Stage):
         self._end_think = tokenizer.control_id(END_THINK)
         self._text = tokenizer.stream()
-        self._kind: Literal["reasoning", "content"] = "reasoning" if thinking and stage != "content" else "content"
+        thinks = thinking and stage != "content"
+        self._kind: Literal["reasoning", "content"] = "reasoning" if thinks else "content"
 
     def put(self, ids: Sequence[int]) -> list[Delta]:
         found = []

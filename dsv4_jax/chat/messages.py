@@ -10,7 +10,8 @@ from dsv4_jax.errors import RequestError
 from dsv4_jax.tokenizer import check_text
 
 Role = Literal["system", "user", "assistant", "tool", "latest_reminder", "developer"]
-ROLES = get_args(Role)
+ROLES: tuple[Role, ...] = get_args(Role)
+_EXAMPLE = '{"role": "user", "content": "Hi"}'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,6 +21,11 @@ class ToolCall:
     name: str
     arguments: str
     id: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As chat APIs write it."""
+        function = {"name": self.name, "arguments": self.arguments}
+        return {"id": self.id, "type": "function", "function": function}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,7 +68,8 @@ def read_messages(
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
         raise RequestError(
-            f"{where} must be a list of messages, not empty", hint='such as [{"role": "user", "content": "Hi"}]'
+            f"{where} must be a list of messages, not empty",
+            hint=f"such as [{_EXAMPLE}]",
         )
     read: list[Message] = []
     calls: tuple[ToolCall, ...] = ()  # of the last assistant message
@@ -87,23 +94,23 @@ def read_messages(
 
 def _message(raw: Any, where: str) -> Message:
     if not isinstance(raw, Mapping):
-        _refuse(where, f"is not an object but {type(raw).__name__}", 'such as {"role": "user", "content": "Hi"}')
+        _refuse(where, f"is not an object but {type(raw).__name__}", f"such as {_EXAMPLE}")
     role = raw.get("role")
-    if role not in ROLES:
+    if role is None or role not in ROLES:
         _refuse(where, f"unknown role {role!r}", f"known are {', '.join(ROLES)}")
     prefix, task = raw.get("prefix", False), raw.get("task")
     if not isinstance(prefix, bool) or (prefix and role != "assistant"):
         _refuse(where, '"prefix" is true or false, and goes with role assistant')
     if task is not None and (task not in TASKS or role not in ("user", "developer")):
         _refuse(where, f"unknown task {task!r} for role {role}", f"known for users are {', '.join(TASKS)}")
-    calls = raw.get("tool_calls") or ()
+    calls = _list(raw.get("tool_calls") or (), f"{where}.tool_calls")
     if calls and role != "assistant":
         _refuse(where, f"only an assistant has tool_calls, not role {role}")
     return Message(
         role=role,
         content=_content(raw.get("content"), role, where),
         reasoning=_text(raw.get("reasoning_content") or "", f"{where}.reasoning_content"),
-        tool_calls=tuple(_call(call, f"{where}.tool_calls[{n}]") for n, call in enumerate(_list(calls, where))),
+        tool_calls=tuple(_call(call, f"{where}.tool_calls[{n}]") for n, call in enumerate(calls)),
         tool_call_id=_text(raw.get("tool_call_id") or "", f"{where}.tool_call_id"),
         tools=_tools(raw.get("tools") or (), f"{where}.tools"),
         task=task,

@@ -9,7 +9,18 @@ import json
 from collections.abc import Iterator, Sequence
 
 from dsv4_jax.chat.messages import Message
-from dsv4_jax.chat.wire import ASSISTANT, BOS, DSML, END_THINK, EOS, LATEST_REMINDER, TASKS, THINK, USER, tools_block
+from dsv4_jax.chat.wire import (
+    ASSISTANT,
+    BOS,
+    DSML,
+    END_THINK,
+    EOS,
+    LATEST_REMINDER,
+    TASKS,
+    THINK,
+    USER,
+    tools_block,
+)
 
 
 @dataclasses.dataclass(frozen=True)

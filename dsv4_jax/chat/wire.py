@@ -76,6 +76,6 @@ _AFTER_SCHEMAS = (
 
 def tools_block(schemas: list[str]) -> list[str]:
     """What tells the model of its tools: text, and the control tokens that the released text spells."""
-    known = {each: each for each in (DSML, THINK, END_THINK)}
+    known: dict[str, str] = {each: each for each in (DSML, THINK, END_THINK)}
     parts = re.split("(" + "|".join(map(re.escape, known)) + ")", _TOOLS)
     return [*(known.get(part, part) for part in parts), "\n".join(schemas), _AFTER_SCHEMAS]
