@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -24,7 +24,7 @@ from dsv4_jax.numerics import OFFICIAL, Numerics
 from dsv4_jax.prompts import check_prompt
 from dsv4_jax.sampling import SamplingParams
 from dsv4_jax.sharding import parameter_sharding
-from dsv4_jax.stops import StopStrings, cut
+from dsv4_jax.stops import AnswerText
 from dsv4_jax.tokenizer import Tokenizer
 from pallas_kernels.dispatch import parse_choice
 
@@ -240,13 +240,18 @@ class LLM:
             self._engine = self._new_engine(slots, longest)
         return self._answers(requests)
 
-    def encode(self, prompt: Prompt, sampling: SamplingParams, name: str = "prompt") -> list[int]:
+    def encode(
+        self, prompt: Prompt, sampling: SamplingParams, name: str = "prompt", **chat: Any
+    ) -> list[int]:
         """Token ids of a prompt, if it can be served.
+
+        Args:
+          chat: what else `encode_chat` is to know of messages.
 
         Raises:
           RequestError: it cannot; the message begins with `name`.
         """
-        return self._token_ids(prompt, sampling, name)
+        return self._token_ids(prompt, sampling, name, **chat)
 
     def room_for(self, requests: Sequence[tuple[list[int], SamplingParams]]) -> tuple[int, int]:
         """Slots for these requests, up to `max_batch`, and tokens for the longest, as powers of two."""
@@ -274,7 +279,7 @@ class LLM:
         answer = output.token_ids
         completion = parse_completion(self.tokenizer, answer, thinking=thinking)
         if output.stop_string is not None:
-            content = cut(completion.content, output.stop_string)
+            content = completion.content.partition(output.stop_string)[0]
             completion = dataclasses.replace(completion, content=content)
         return ChatOutput(completion, output)
 
@@ -295,7 +300,7 @@ class LLM:
 
     def stream(
         self, prompt: Prompt, sampling: SamplingParams | None = None, *, name: str = "prompt"
-    ) -> Iterator[Event]:
+    ) -> Generator[Event]:
         """Continues one prompt and gives each step's tokens as they come; the last event has a finish_reason.
 
         Whoever stops listening ends the request. Until then nothing else can be asked of this `LLM`; an
@@ -370,14 +375,15 @@ class LLM:
             while waiting or engine.busy:
                 while waiting and len(asked) < engine.slots:
                     place, (ids, params) = waiting.popleft()
-                    stops = StopStrings(self.tokenizer, params.stop) if params.stop else None  # type: ignore
                     number = engine.add(ids, params, forced)
-                    asked[number] = _Asked(place, time.perf_counter(), stops)
+                    # A prompt with stop strings has been refused where there is no tokenizer.
+                    stop = AnswerText(self.tokenizer, params.stop) if self.tokenizer and params.stop else None
+                    asked[number] = _Asked(place, time.perf_counter(), stop)
                 for event in engine.step():
                     one = asked.get(event.request)
                     if one is None:
                         continue  # it has ended at a stop string
-                    if one.stops and (count := one.stops.read(event.token_ids)) is not None:
+                    if one.stop and (count := _until(one.stop, event.token_ids)) is not None:
                         if event.finish_reason is None:
                             engine.cancel(event.request)
                         event = _ended(event, count)
@@ -415,7 +421,7 @@ class LLM:
             invariant=self.invariant,
         )
 
-    def _token_ids(self, prompt: Any, params: SamplingParams, name: str) -> list[int]:
+    def _token_ids(self, prompt: Any, params: SamplingParams, name: str, **chat: Any) -> list[int]:
         if params.stop and self.tokenizer is None:
             raise RequestError(f"{name} has stop strings, and the checkpoint has no tokenizer.json")
         if isinstance(prompt, str):
@@ -427,7 +433,7 @@ class LLM:
                 raise RequestError(f"{name} is empty", hint="give at least one character")
             prompt = self.tokenizer.encode(prompt)
         elif _is_conversation(prompt):
-            prompt = self._chat_ids(prompt, name)
+            prompt = self._chat_ids(prompt, name, **chat)
         return check_prompt(
             prompt,
             vocab_size=self.model.config.vocab_size,
@@ -460,12 +466,10 @@ class LLM:
         prompt, params = request
         assert found.finish_reason is not None
         at_eos = found.finish_reason == "stop" and found.token_ids[-1] == self.model.config.eos_token_id
-        text = stop = None
+        text = None
         if self.tokenizer:
-            text = self.tokenizer.decode(found.token_ids[:-1] if at_eos else found.token_ids)
-        if one.stops and one.stops.found is not None and text is not None:
-            stop = one.stops.found
-            text = cut(text, stop)
+            read = AnswerText(self.tokenizer, params.stop)
+            text = read.put(found.token_ids[:-1] if at_eos else found.token_ids) + read.end()
         return GenerationOutput(
             prompt_token_ids=prompt,
             token_ids=found.token_ids,
@@ -473,7 +477,7 @@ class LLM:
             logprobs=found.logprobs if params.logprobs else None,
             logprob_sum=float(sum(found.logprobs)),
             finish_reason=found.finish_reason,
-            stop_string=stop,
+            stop_string=one.stop.found if one.stop else None,
             drafted=found.drafted,
             accepted=found.accepted,
             first_token_seconds=found.first_at - one.started,
@@ -487,7 +491,7 @@ class _Asked(NamedTuple):
 
     place: int
     started: float  # when it was given to the engine, which has a slot for it
-    stops: StopStrings | None
+    stop: AnswerText | None  # what it has said so far, if that may end it
 
 
 @dataclasses.dataclass
@@ -510,6 +514,15 @@ class _Collected:
         self.finish_reason = event.finish_reason
         self.drafted += event.drafted
         self.accepted += event.accepted
+
+
+def _until(text: AnswerText, ids: Sequence[int]) -> int | None:
+    """How many of these tokens an answer has, if one of them completes a stop string; else None."""
+    for place, id in enumerate(ids):
+        text.put([id])
+        if text.found is not None:
+            return place + 1
+    return None
 
 
 def _ended(event: Event, count: int) -> Event:

@@ -141,9 +141,10 @@ def _deltas(chunks: Sequence[Any]) -> list[Delta]:
     for chunk in chunks:
         for choice in json.loads(chunk.to_json())["choices"]:
             delta = choice["delta"]
-            for kind, key in (("reasoning", "reasoning_content"), ("content", "content")):
-                if delta.get(key):
-                    found.append(Delta(kind, delta[key]))
+            if delta.get("reasoning_content"):
+                found.append(Delta("reasoning", delta["reasoning_content"]))
+            if delta.get("content"):
+                found.append(Delta("content", delta["content"]))
             for call in delta.get("tool_calls") or ():
                 function = call["function"]
                 text, name = function.get("arguments") or "", function.get("name") or ""
