@@ -1,4 +1,4 @@
-"""A tokenizer for made-up checkpoints: bytes, strings of letters, and the control tokens of a conversation."""
+"""A tokenizer for made-up checkpoints: bytes, strings of letters, and a conversation's control tokens."""
 
 import itertools
 from collections.abc import Iterator
@@ -49,7 +49,7 @@ def made_up_tokenizer(vocab_size: int) -> tokenizers.Tokenizer:
 
 
 def _merges() -> Iterator[tuple[str, str]]:
-    """Each string of letters once, made of a shorter one and a letter; a space is at its beginning if at all."""
+    """Each string of letters once, of a shorter one and a letter; a space comes first if at all."""
     shorter = list(_LETTERS)
     while True:
         pairs = list(itertools.product(shorter, _LETTERS[1:]))
