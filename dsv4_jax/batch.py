@@ -88,37 +88,49 @@ def answer_to_file(
       identity: what all answers of the file depend on, as JSON takes it: model, settings.
 
     Returns:
-      All rows in the order of the prompts, and how many of them are new. On processes other than the first
-      only the new ones are there.
+      All rows in the order of the prompts, and how many of them are new.
 
     Raises:
       OutputError: the file cannot be written (73); the disk is full or another run is writing it (75); or it
         holds something else (65). What it holds stays.
     """
     keys = [_key(row, request) for row, request in zip(rows, requests, strict=True)]
+    with shared(path, identity, keys) as (file, known):
+        skip = [row is not None for row in known]
+        missing = skip.count(False)
+        left = missing
+        for place, output in answer(llm, requests, skip):
+            row = row_of(rows[place], requests[place][1], keys[place]["prompt_sha"], output)
+            if file is not None:
+                file.append(row, left)
+            known[place] = row
+            left -= 1
+            if watch is not None:
+                watch(place, row, output)
+    return [row for row in known if row is not None], missing
+
+
+@contextlib.contextmanager
+def shared(
+    path: str | Path, identity: Mapping[str, Any], keys: Sequence[Row]
+) -> Iterator[tuple["AnswerFile | None", list[Row | None]]]:
+    """The file, open on the first process alone, and the row that it holds for each key; as `answer_to_file`.
+
+    On every process the same rows are there, so that all of them do the same.
+    """
     with contextlib.ExitStack() as stack:
-        file = None
-        known: list[Row | None] = [None] * len(rows)
+        file, known = None, [None] * len(keys)
         if jax.process_index() == 0:
             try:
                 file = stack.enter_context(AnswerFile.open(path, identity))
                 known = [file.answer_to(key) for key in keys]
             except DSV4Error:
-                _from_first(np.full(len(rows), -1, np.int8))
+                _from_first(b"failed")
                 raise
-        skip = _from_first(np.array([row is not None for row in known], np.int8))
-        if (skip < 0).any():
+        told = _from_first(json.dumps(known).encode())
+        if told == b"failed":
             raise OutputError(f"{path}: process 0 cannot go on with it, and says why")
-        new = 0
-        for place, output in answer(llm, requests, (skip > 0).tolist()):
-            row = row_of(rows[place], requests[place][1], keys[place]["prompt_sha"], output)
-            if file is not None:
-                file.append(row, left=len(rows) - int((skip > 0).sum()) - new)
-            known[place] = row
-            new += 1
-            if watch is not None:
-                watch(place, row, output)
-    return [row for row in known if row is not None], new
+        yield file, json.loads(told)
 
 
 def check_output(path: str | Path) -> None:
@@ -149,6 +161,7 @@ def row_of(row: PromptRow, sampling: SamplingParams, prompt_sha: str, output: Ge
         answered["logprobs"] = output.logprobs
     if output.drafted:
         answered |= {"drafted": output.drafted, "accepted": output.accepted}
+        answered |= {"accepted_at": output.accepted_at, "draft_steps": output.draft_steps}
     return answered
 
 
@@ -161,9 +174,14 @@ def _key(row: PromptRow, request: Request) -> Row:
     return {"id": row.id, "prompt_sha": prompt_sha(request[0])}
 
 
-def _from_first(values: np.ndarray) -> np.ndarray:
+def _from_first(data: bytes) -> bytes:
     """What the first process has here."""
-    return values if jax.process_count() == 1 else np.asarray(multihost_utils.broadcast_one_to_all(values))
+    if jax.process_count() == 1:
+        return data
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
+    padded = np.zeros(length, np.uint8)
+    padded[: min(length, len(data))] = np.frombuffer(data, np.uint8)[:length]
+    return bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded), np.uint8))
 
 
 class AnswerFile:

@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import math
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -71,8 +71,10 @@ class GenerationOutput:
       stop_string: the one that ended it; its tokens are in `token_ids`.
       drafted: tokens that the MTP head drafted for it.
       accepted: tokens of the answer that were such drafts.
-      first_token_seconds: from when it got a slot to its first token.
-      seconds: from when it got a slot to its last token.
+      accepted_at: in how many steps the first draft stood, the second, and so on; empty without drafts.
+      draft_steps: steps that had drafts.
+      first_token_seconds: from when it got a slot to its first token; compiling left out.
+      seconds: from when it got a slot to its last token, likewise.
       timings: of the batch it was in.
     """
 
@@ -85,6 +87,8 @@ class GenerationOutput:
     stop_string: str | None
     drafted: int
     accepted: int
+    accepted_at: tuple[int, ...]
+    draft_steps: int
     first_token_seconds: float
     seconds: float
     timings: Timings
@@ -352,9 +356,13 @@ class LLM:
         collected: dict[int, _Collected] = collections.defaultdict(_Collected)
         started, tokens = time.perf_counter(), 0
         with count_compiles() as compiles:
-            for one, event in self._run(requests):
+
+            def clock() -> float:  # stands still while something is compiled
+                return time.perf_counter() - compiles.seconds
+
+            for one, event in self._run(requests, clock=clock):
                 found = collected[one.place]
-                found.take(event)
+                found.take(event, clock())
                 tokens += len(event.token_ids)
                 if event.finish_reason is not None:
                     del collected[one.place]
@@ -363,7 +371,10 @@ class LLM:
                     yield one.place, self._output(requests[one.place], one, found, timings)
 
     def _run(
-        self, requests: Sequence[tuple[list[int], SamplingParams]], forced: Sequence[int] = ()
+        self,
+        requests: Sequence[tuple[list[int], SamplingParams]],
+        forced: Sequence[int] = (),
+        clock: Callable[[], float] = time.perf_counter,
     ) -> Iterator[tuple["_Asked", Event]]:
         """The events of these requests, each with what was asked; `forced` as in `Engine.add`."""
         if self._engine is not None and self._engine.busy:
@@ -378,7 +389,7 @@ class LLM:
                     number = engine.add(ids, params, forced)
                     # A prompt with stop strings has been refused where there is no tokenizer.
                     stop = AnswerText(self.tokenizer, params.stop) if self.tokenizer and params.stop else None
-                    asked[number] = _Asked(place, time.perf_counter(), stop)
+                    asked[number] = _Asked(place, clock(), stop)
                 for event in engine.step():
                     one = asked.get(event.request)
                     if one is None:
@@ -480,6 +491,8 @@ class LLM:
             stop_string=one.stop.found if one.stop else None,
             drafted=found.drafted,
             accepted=found.accepted,
+            accepted_at=tuple(found.accepted_at),
+            draft_steps=found.draft_steps,
             first_token_seconds=found.first_at - one.started,
             seconds=found.last_at - one.started,
             timings=timings,
@@ -503,17 +516,24 @@ class _Collected:
     finish_reason: FinishReason | None = None
     drafted: int = 0
     accepted: int = 0
+    accepted_at: list[int] = dataclasses.field(default_factory=list)
+    draft_steps: int = 0
     first_at: float = 0.0
     last_at: float = 0.0
 
-    def take(self, event: Event) -> None:
-        self.last_at = time.perf_counter()
-        self.first_at = self.first_at or self.last_at
+    def take(self, event: Event, now: float) -> None:
+        self.last_at = now
+        self.first_at = self.first_at or now
         self.token_ids += event.token_ids
         self.logprobs += event.logprobs
         self.finish_reason = event.finish_reason
         self.drafted += event.drafted
         self.accepted += event.accepted
+        if event.drafted:
+            self.draft_steps += 1
+            self.accepted_at += [0] * (event.drafted - len(self.accepted_at))
+            for place in range(event.accepted):
+                self.accepted_at[place] += 1
 
 
 def _until(text: AnswerText, ids: Sequence[int]) -> int | None:

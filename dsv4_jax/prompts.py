@@ -11,7 +11,7 @@ need be:
 import dataclasses
 import json
 import reprlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any, NoReturn, get_args
@@ -23,8 +23,8 @@ from dsv4_jax.sampling import SamplingParams
 # What a row may set for itself; anything else in it is taken for a slip of the pen.
 SAMPLING_KEYS = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "ignore_eos", "stop")
 CHAT_KEYS = ("tools", "thinking", "effort")  # of a row with messages, as `encode_chat` takes them
-_PROMPT_KEYS = ("prompt", "tokens", "messages")
-_KEYS = ("id", *_PROMPT_KEYS, *SAMPLING_KEYS, *CHAT_KEYS)
+PROMPT_KEYS = ("prompt", "tokens", "messages")
+_KEYS = ("id", *PROMPT_KEYS, *SAMPLING_KEYS, *CHAT_KEYS)
 
 
 def check_prompt(
@@ -84,20 +84,11 @@ def read_prompts(path: str | Path, bad: Callable[[RequestError], None] | None = 
       RequestError: the file cannot be read (exit code 66), or a line is not a prompt (65), by line number.
     """
     path = Path(path)
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        message = f"prompt file {path} cannot be read: {error.strerror}"
-        raise RequestError(message, exit_code=EXIT_NO_INPUT) from error
-
     rows: list[PromptRow] = []
     line_of_id: dict[str | int, int] = {}
-    # Split as bytes: str.splitlines would also break at U+2028, which JSON allows inside a string.
-    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if not line.strip():
-            continue
+    for number, raw in json_rows(path, "prompt file", bad):
         try:
-            row = _parse(line, number, f"{path}:{number}")
+            row = parse_prompt(raw, number, f"{path}:{number}")
             if row.id in line_of_id:
                 _malformed(row.where, f"id {row.id!r} is already that of line {line_of_id[row.id]}")
         except RequestError as error:
@@ -112,7 +103,34 @@ def read_prompts(path: str | Path, bad: Callable[[RequestError], None] | None = 
     return rows
 
 
-def _parse(line: bytes, number: int, where: str) -> PromptRow:
+def json_rows(
+    path: Path, what: str, bad: Callable[[RequestError], None] | None = None
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a file of JSON lines, with the numbers of their lines.
+
+    Raises:
+      RequestError: as `read_prompts`; `what` is how it speaks of the file.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        message = f"{what} {path} cannot be read: {error.strerror}"
+        raise RequestError(message, exit_code=EXIT_NO_INPUT) from error
+    # Split as bytes: str.splitlines would also break at U+2028, which JSON allows inside a string.
+    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = _json_object(line, f"{path}:{number}")
+        except RequestError as error:
+            if bad is None:
+                raise
+            bad(error)
+            continue
+        yield number, row
+
+
+def _json_object(line: bytes, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line.decode())
         json.dumps(row, ensure_ascii=False).encode()  # an escape can still spell half a surrogate pair
@@ -124,9 +142,18 @@ def _parse(line: bytes, number: int, where: str) -> PromptRow:
         _malformed(where, f"is not JSON: {error}")
     if not isinstance(row, dict):
         _malformed(where, f"is not an object but {_kind(row)}", 'such as {"prompt": "Hello"}')
+    return row
+
+
+def parse_prompt(row: dict[str, Any], number: int, where: str) -> PromptRow:
+    """What an object of line `number` asks.
+
+    Raises:
+      RequestError: it is not a prompt (65).
+    """
     if unknown := [key for key in row if key not in _KEYS]:
         _malformed(where, f"unknown key {unknown[0]!r}", f"known are {', '.join(_KEYS)}")
-    if sum(key in row for key in _PROMPT_KEYS) != 1:
+    if sum(key in row for key in PROMPT_KEYS) != 1:
         _malformed(where, 'must have either "prompt" or "tokens" or "messages"')
     if "messages" not in row and (strange := [key for key in CHAT_KEYS if key in row]):
         _malformed(where, f'{strange[0]!r} goes with "messages"')

@@ -77,7 +77,9 @@ def _check(llm: LLM, ids: Sequence[int], start: int, name: str) -> None:
             hint="one must lie before and one after; a text without a beginning gets the BOS token",
         )
     if len(ids) > llm.max_len:
-        raise RequestError(f"{name} has {len(ids)} tokens, and max_len is {llm.max_len}", hint="raise max_len")
+        raise RequestError(
+            f"{name} has {len(ids)} tokens, and max_len is {llm.max_len}", hint="raise max_len"
+        )
     vocab_size = llm.model.config.vocab_size
     if not all(0 <= id < vocab_size for id in ids):
         raise RequestError(f"{name}: token ids lie in [0, {vocab_size})")
