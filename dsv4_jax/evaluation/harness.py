@@ -60,7 +60,6 @@ _GENERATION_KEYS = (
 )
 
 
-@register_model("dsv4_jax")
 class HarnessLM(TemplateLM):
     """An `LLM` as lm_eval wants models."""
 
@@ -204,6 +203,9 @@ class HarnessLM(TemplateLM):
                 if file is not None:
                     file.append(keys[place] | found, left=len(missing) - number)
         return [row for row in known if row is not None]
+
+
+register_model("dsv4_jax")(HarnessLM)
 
 
 def _sampling(arguments: Mapping[str, Any]) -> SamplingParams:
