@@ -9,8 +9,10 @@ import functools
 import importlib
 import logging
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -144,9 +146,24 @@ def select(implementations: Sequence[Implementation], name: str | None, *args: A
     eligible = [each for each in implementations if each.proven or each.name == wanted]
     wanted_first = sorted(eligible, key=lambda each: each.name != wanted)
     chosen = next(each for each in wanted_first if each.fits(target, *args, **kwargs))
+    _watched.get().append(chosen.name)
     if chosen.name != wanted:
         _say_why(op, implementations, chosen, target, (*args, *kwargs.values()))
     return chosen.run(*args, **kwargs)
+
+
+_watched: ContextVar[deque[str]] = ContextVar("watched", default=deque(maxlen=0))
+
+
+@contextmanager
+def watch() -> Iterator[Sequence[str]]:
+    """In a `with`, lists the implementations that calls take which name none, in their order."""
+    taken: deque[str] = deque()
+    before = _watched.set(taken)
+    try:
+        yield taken
+    finally:
+        _watched.reset(before)
 
 
 _said: set[tuple[str, str, str | None, Target]] = set()

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import jax
 
-from dsv4_jax.cli import chat, evaluate, generate, inspect, ppl, warmup
+from dsv4_jax.cli import bench, chat, doctor, evaluate, generate, inspect, ppl, warmup
 from dsv4_jax.cli.talk import complain, warn
 from dsv4_jax.errors import (
     EXIT_INTERRUPTED,
@@ -19,7 +19,7 @@ from dsv4_jax.errors import (
     MemoryPlanError,
 )
 
-COMMANDS = (inspect, warmup, generate, chat, evaluate, ppl)  # each has `add`, which sets `run`
+COMMANDS = (inspect, warmup, generate, chat, evaluate, ppl, bench, doctor)  # each has `add`, which sets `run`
 
 _EXAMPLES = """examples:
   dsv4-jax inspect CHECKPOINT
