@@ -32,7 +32,7 @@ LEVELS = [
     ["chat.*", "stops"],
     ["prompts"],
     ["llm"],
-    ["batch"],
+    ["batch", "selftest"],
     ["evaluation.*"],
     ["cli.*"],
     ["__main__"],

@@ -18,10 +18,11 @@ from dsv4_jax.cli.options import add_command, add_json
 from dsv4_jax.cli.talk import say, show
 from dsv4_jax.errors import DistributedError, NumericError, RequestError
 from dsv4_jax.evaluation.environment import versions
-from pallas_kernels.selftest import cases, check_kernels, default_of
-from pallas_kernels.target import current_target
+from dsv4_jax.selftest import check_kernels
+from pallas_kernels import current_target
 
 _OPTIONAL = {"lm_eval": "eval", "matplotlib": "report", "deepseek_recipe": "chat with tools"}
+_BADNESS = ("ok", "failed", "wrong")
 _PATIENCE = 60  # seconds that processes have to find each other
 
 
@@ -37,7 +38,9 @@ def add(commands: Any) -> None:
         dsv4-jax doctor --json
         """,
     )
-    command.add_argument("--no-kernels", action="store_true", help="leave the test of the kernels out")
+    command.add_argument(
+        "--no-kernels", action="store_true", help="only say which kernels fit here, and run none"
+    )
     command.add_argument(
         "--multiprocess",
         type=int,
@@ -63,22 +66,23 @@ def run(arguments: argparse.Namespace) -> int:
         "optional": {name: _is_there(name) for name in _OPTIONAL},
         "target": {"vendor": current_target().vendor, "arch": current_target().arch},
         "devices": [_device(device) for device in jax.devices()],
-        "implementations": {case.name: default_of(case) for case in cases()},
     }
-    lines = _lines(report)
     if not arguments.json:
-        print("\n".join(lines), flush=True)
-    if not arguments.no_kernels:
-        report["kernels"] = _check_kernels(quiet=arguments.json)
+        print("\n".join(_lines(report)), flush=True)
+    report["kernels"] = _check_kernels(run=not arguments.no_kernels)
+    if not arguments.json:
+        held = "not run" if arguments.no_kernels else "how far from its definition"
+        print(f"ops of a small model: what runs by default; each kernel that fits here, {held}")
+        print("\n".join(_table(report["kernels"])), flush=True)
     if arguments.multiprocess:
         report["processes"] = _check_processes(arguments.multiprocess)
         if not arguments.json:
             print(f"processes: {arguments.multiprocess} found each other and agree", flush=True)
     if arguments.json:
         show(report)
-    wrong = [each for each in report.get("kernels", ()) if each["status"] in ("wrong", "failed")]
+    wrong = [each for each in report["kernels"] if each["status"] in ("wrong", "failed")]
     if wrong:
-        told = ", ".join(f"{each['case']} by {each['implementation']}" for each in wrong)
+        told = ", ".join(f"{each['function']} by {each['implementation']}" for each in wrong)
         raise NumericError(
             f"{len(wrong)} kernels do not agree with their definitions here: {told}",
             hint="run with --implementation OP=reference for these ops, and report it",
@@ -111,30 +115,36 @@ def _lines(report: Mapping[str, Any]) -> list[str]:
     for device in report["devices"]:
         memory = f", {device['bytes'] / 2**30:.1f} GiB" if device["bytes"] else ""
         lines.append(f"device {device['id']}: {device['kind']} ({device['platform']}{memory})")
-    lines.append("by default run:")
-    by_name: dict[str, list[str]] = {}
-    for case, implementation in report["implementations"].items():
-        by_name.setdefault(implementation, []).append(case)
-    for implementation, names in by_name.items():
-        functions = list(dict.fromkeys(name.partition(",")[0] for name in names))
-        lines.append(f"  {implementation}: {', '.join(functions)}")
     return lines
 
 
-def _check_kernels(*, quiet: bool) -> list[dict[str, Any]]:
-    """Each kernel's verdict, told as it comes."""
+def _check_kernels(*, run: bool) -> list[dict[str, Any]]:
+    """A verdict on each implementation of each op, told as they come to who waits for them."""
     found = []
-    for verdict in check_kernels():
+    for verdict in check_kernels(run=run):
         found.append(vars(verdict))
-        if not quiet:
-            error = "" if verdict.error is None else f"  {verdict.error:.1e}"
-            detail = f"  {verdict.detail}" if verdict.detail else ""
-            print(
-                f"{verdict.status:8}  {verdict.implementation:6}  {verdict.case}{error}{detail}", flush=True
-            )
-    if not found:
-        say("no kernel runs on a CPU: every op is its definition here")
+        if sys.stderr.isatty() and verdict.error is not None:
+            say(f"{verdict.function} by {verdict.implementation}, {verdict.when}: {verdict.status}")
     return found
+
+
+def _table(verdicts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each function: what runs by default, and the worst of each kernel that fits here."""
+    lines = []
+    for function in dict.fromkeys(each["function"] for each in verdicts):
+        mine = [each for each in verdicts if each["function"] == function]
+        defaults = ", ".join(dict.fromkeys(each["implementation"] for each in mine if each["default"]))
+        cells = []
+        for name in dict.fromkeys(each["implementation"] for each in mine):
+            here = [each for each in mine if each["implementation"] == name and each["status"] != "not here"]
+            if name == "reference" or not here:
+                continue
+            worst = max(here, key=lambda each: _BADNESS.index(each["status"]))
+            errors = [each["error"] for each in here if each["error"] is not None]
+            error = f" {max(errors):.0e}" if errors else ""
+            cells.append(f"{name} {worst['status']}{error}{worst['detail'] and ': ' + worst['detail']}")
+        lines.append(f"  {function:20} {defaults:22} {'; '.join(cells)}".rstrip())
+    return lines
 
 
 # --- processes
