@@ -281,7 +281,10 @@ class LLM:
         output = self.generate(ids, sampling)[0]
         assert self.tokenizer is not None
         answer = output.token_ids
-        completion = parse_completion(self.tokenizer, answer, thinking=thinking)
+        stage = None
+        if messages[-1].get("prefix"):
+            stage = "content" if messages[-1].get("content") else "reasoning"
+        completion = parse_completion(self.tokenizer, answer, thinking=thinking, stage=stage)
         if output.stop_string is not None:
             content = completion.content.partition(output.stop_string)[0]
             completion = dataclasses.replace(completion, content=content)

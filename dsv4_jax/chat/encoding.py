@@ -85,9 +85,12 @@ def _by_pieces(tokenizer: Tokenizer, messages: Sequence[Message], thinking: bool
 
 
 def _is_known_to_the_package(messages: Sequence[Message]) -> bool:
+    last = messages[-1]
+    # It would answer after a whole answer: such a one is given as a prefix, which needs content to be whole.
+    whole = last.role != "assistant" or last.prefix or last.content
     plain = all(message.role != "developer" and message.task is None for message in messages)
     # Where a system message stands later than first, the package would move it.
-    return plain and all(message.role != "system" for message in messages[1:])
+    return bool(whole) and plain and all(message.role != "system" for message in messages[1:])
 
 
 def _by_package(tokenizer: Tokenizer, messages: Sequence[Message], thinking: bool, effort: str) -> list[int]:

@@ -57,7 +57,8 @@ def render(messages: Sequence[Message], *, thinking: bool, preamble: str = "") -
         pieces += _opening(turn)
         if message.role == "assistant":
             if shown and not (before and before.task):
-                pieces += [message.reasoning, END_THINK]
+                # A prefix without content is one of the reasoning.
+                pieces += [message.reasoning, "" if message.prefix and not message.content else END_THINK]
             pieces += [message.content, *_calls(message)]
             if not message.prefix:
                 pieces.append(EOS)
@@ -81,7 +82,10 @@ def _turns(messages: Sequence[Message]) -> list[_Turn]:
         block = f"<tool_result>{message.content}</tool_result>" if message.role == "tool" else message.content
         open_turn = turns[-1] if turns and turns[-1].message.role == "user" else None
         if open_turn and (message.role == "tool" or not open_turn.message.task):
-            turn = dataclasses.replace(open_turn, blocks=(*open_turn.blocks, block))
+            blocks = (*open_turn.blocks, block)
+            if message.role == "user" and len(blocks) - 2 not in [place for place, _ in results]:
+                blocks = (*blocks[:-2], "\n\n".join(filter(None, blocks[-2:])))  # texts become one
+            turn = dataclasses.replace(open_turn, blocks=blocks)
             task = message.task or open_turn.message.task
             turns[-1] = dataclasses.replace(turn, message=dataclasses.replace(turn.message, task=task))
         else:
