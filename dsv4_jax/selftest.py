@@ -78,28 +78,34 @@ def check_kernels(*, run: bool = True) -> Iterator[Verdict]:
     """A verdict on each implementation of each op that the model calls, the definition's among them.
 
     Args:
-      run: False only finds out which ones fit here, and which are the default.
+      run: False only finds out which ones fit here, and which are the default; so it is on a CPU anyway.
     """
+    run = run and current_target().vendor != "cpu"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "made-up"
         write_checkpoint(path, _SMALL, shards=1, mtp=False)
         model = load(path)
-    for when, calls in _calls(model).items():
+    for when, calls in _calls(model, run=run).items():
         for alike in _grouped(calls):
             yield from _verdicts(when, alike, run=run)
 
 
-def _calls(model: LoadedModel) -> dict[Literal["prefill", "decode"], list[Call]]:
-    """The calls of a prompt and of a step after it, with the arrays that they were made with."""
+def _calls(model: LoadedModel, *, run: bool) -> dict[Literal["prefill", "decode"], list[Call]]:
+    """The calls of a prompt and of a step after it, with the arrays that were given, or their shapes.
+
+    Args:
+      run: compute the arrays.
+    """
     ids = np.arange(2 * _PROMPT, dtype=np.int32).reshape(2, -1) * 7 % _SMALL.vocab_size
     start, length = np.zeros(2, np.int32), np.array([_PROMPT, _PROMPT - 3], np.int32)
     cache = make_cache(_SMALL, OFFICIAL, batch=2, max_len=_ROOM)
-    prefill, cache = _recorded(model, ids, start, length, cache)
-    decode, _ = _recorded(model, ids[:, :1], length, np.ones(2, np.int32), cache)
+    prefill, cache = _recorded(run, model.params, ids, start, length, cache)
+    decode, _ = _recorded(run, model.params, ids[:, :1], length, np.ones(2, np.int32), cache)
     return {"prefill": prefill, "decode": decode}
 
 
-def _recorded(model: LoadedModel, ids: Any, position: Any, length: Any, cache: Any) -> tuple[list[Call], Any]:
+def _recorded(run: bool, *given_to_model: Any) -> tuple[list[Call], Any]:
+    """The calls, and the cache after them; given are parameters, and what `Transformer.__call__` takes."""
     noted: list[Call] = []
     shapes: list[Any] = []
 
@@ -117,10 +123,10 @@ def _recorded(model: LoadedModel, ids: Any, position: Any, length: Any, cache: A
         noted.extend(calls)
         # Arrays leave as results; what else a call was given is known here.
         leaves, tree = jax.tree.flatten([(call.arguments, dict(call.keywords)) for call in calls])
-        shapes.append((tree, [None if isinstance(leaf, jax.Array) else leaf for leaf in leaves]))
-        return [leaf for leaf in leaves if isinstance(leaf, jax.Array)], tuple(after)
+        shapes.append((tree, [None if _is_array(leaf) else leaf for leaf in leaves]))
+        return [leaf for leaf in leaves if _is_array(leaf)], tuple(after)
 
-    arrays, cache = program(model.params, ids, position, length, cache)
+    arrays, cache = program(*given_to_model) if run else jax.eval_shape(program, *given_to_model)
     tree, leaves = shapes[0]
     given = iter(arrays)
     made = jax.tree.unflatten(tree, [next(given) if leaf is None else leaf for leaf in leaves])
@@ -136,9 +142,7 @@ def _grouped(calls: list[Call]) -> list[list[Call]]:
     groups: dict[Any, list[Call]] = collections.defaultdict(list)
     for call in calls:
         leaves, tree = jax.tree.flatten((call.arguments, dict(call.keywords)))
-        kinds = tuple(
-            f"{leaf.dtype}{leaf.shape}" if isinstance(leaf, jax.Array) else str(leaf) for leaf in leaves
-        )
+        kinds = tuple(f"{leaf.dtype}{leaf.shape}" if _is_array(leaf) else str(leaf) for leaf in leaves)
         groups[(call.implementations, str(tree), kinds)].append(call)
     return list(groups.values())
 
@@ -177,12 +181,12 @@ def _held(told: Verdict, function: Callable[..., Any], calls: list[Call], expect
 def _run(function: Callable[..., Any], call: Call) -> Any:
     """The result of a call, on the host, as numbers."""
     leaves, tree = jax.tree.flatten((call.arguments, dict(call.keywords)))
-    arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
+    arrays = [leaf for leaf in leaves if _is_array(leaf)]
 
     @jax.jit
     def program(arrays: list[jax.Array]) -> Any:
         given = iter(arrays)
-        filled = [next(given) if isinstance(leaf, jax.Array) else leaf for leaf in leaves]
+        filled = [next(given) if _is_array(leaf) else leaf for leaf in leaves]
         arguments, keywords = jax.tree.unflatten(tree, filled)
         return jax.tree.map(_numbers, function(*arguments, **keywords), is_leaf=_is_quantised)
 
@@ -201,6 +205,10 @@ def _difference(found: np.ndarray, expected: np.ndarray) -> float:
     size = np.linalg.norm(expected.astype(np.float64))
     difference = np.linalg.norm(found.astype(np.float64) - expected)
     return float(difference / size) if size else float(difference)
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, jax.Array | jax.ShapeDtypeStruct)
 
 
 def _is_quantised(value: Any) -> bool:

@@ -164,10 +164,10 @@ def test_the_models_options_arrive(capsys, monkeypatch):
 
 
 def test_a_device_that_runs_out_of_memory_is_one_line_and_a_code(capsys, monkeypatch):
-    def generate(*_: object, **__: object) -> None:
+    def stream(*_: object, **__: object) -> None:
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nMuch more")
 
-    monkeypatch.setattr(LLM, "generate", generate)
+    monkeypatch.setattr(LLM, "stream", stream)
 
     code, out, err = run(capsys, "generate", GOLDEN, "--tokens", "1")
 

@@ -46,12 +46,11 @@ def main(argv: list[str] | None = None) -> int:
         # The reader of stdout has seen enough; keep Python from complaining about it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        message = str(error).splitlines()[0]
-        return complain(f"the device is out of memory: {message}", MemoryPlanError.exit_code)
-    except Exception:
+    except Exception as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+            message = f"the device is out of memory: {str(error).splitlines()[0]}"
+            hint = "dsv4-jax plan says what fits; a smaller --max-batch or --max-len takes less"
+            return complain(f"{message} ({hint})", MemoryPlanError.exit_code)
         traceback.print_exc()
         return complain("this should not happen; please report it", EXIT_UNEXPECTED)
 
