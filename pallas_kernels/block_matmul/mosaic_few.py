@@ -246,7 +246,10 @@ def _address(ref: ir.Value, *offsets: Any) -> ir.Value:
 
 
 def _open(config: Config, arrived: Any, group: jax.Array) -> None:
-    """Makes a consumer's barrier, which opens when all has been received, and tells the cluster."""
+    """Makes a consumer's barrier, which opens when all has been received, and tells the cluster.
+
+    The fence is all that others must see; a release would wait for every memory operation before it.
+    """
 
     def emit(_, arrived: ir.Value, group: Any) -> None:
         i32 = ir.IntegerType.get_signless(32)
@@ -258,7 +261,7 @@ def _open(config: Config, arrived: Any, group: jax.Array) -> None:
             @one mbarrier.init.shared::cta.b64 [$barrier], 1;
             @one mbarrier.arrive.expect_tx.shared::cta.b64 _, [$barrier], {bytes};
             @one fence.mbarrier_init.release.cluster;
-            barrier.cluster.arrive.release;
+            barrier.cluster.arrive.relaxed;
         }}"""
         _assemble(text, "thread barrier", [_thread(), barrier])
 
