@@ -49,6 +49,8 @@ class Config(NamedTuple):
       band: tiles of tokens that go before the next ones, so that the L2 cache holds what they share.
       consumers: warpgroups that multiply, 2 or 3, each so many of the tokens: while one promotes, the tensor
         core has the others' products to work on.
+      sharers: tiles side by side whose programs are a cluster and share the tokens: each loads a part of
+        them, which the copy engine gives to all.
     """
 
     tokens: int = 128
@@ -57,6 +59,7 @@ class Config(NamedTuple):
     slots: int = 2
     band: int = 8
     consumers: int = 2
+    sharers: int = 1
 
     @property
     def shared_bytes(self) -> int:
@@ -133,8 +136,8 @@ class Plan(NamedTuple):
 
     @property
     def across(self) -> int:
-        """Tiles along the rows of the weight."""
-        return -(-self.shape.rows // self.config.rows)
+        """Tiles along the rows of the weight, those that share tokens together."""
+        return -(-self.shape.rows // (self.config.rows * self.config.sharers))
 
     @property
     def steps(self) -> int:
@@ -142,20 +145,21 @@ class Plan(NamedTuple):
 
     @property
     def programs(self) -> int:
-        """As many as run at once, or fewer if there is not a tile for each."""
-        return min(MULTIPROCESSORS, self.down * self.across)
+        """As many, or as many clusters of them, as run at once, or fewer if there is not a tile for each."""
+        return min(MULTIPROCESSORS // self.config.sharers, self.down * self.across)
 
     def start(self, tile: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """First token and first row of a tile."""
-        band = self.config.band
+        """First token of a tile, and first row, of all tiles that share the tokens."""
+        band = min(self.config.band, self.down)
         first = lax.div(tile, band * self.across) * band
         place = lax.rem(tile, band * self.across)
-        high = jnp.minimum(self.down - first, band)
+        # By a constant a division is two instructions, else some forty.
+        high = jnp.minimum(self.down - first, band) if self.down % band else jnp.int32(band)
         down, across = first + lax.rem(place, high), lax.div(place, high)
         # A last tile that would reach past the tokens starts earlier: some are computed twice, to the same
         # bits, and none is read that does not exist.
         token = jnp.minimum(down * self.config.tokens, self.shape.tokens - self.config.tokens)
-        return token, across * self.config.rows
+        return token, across * (self.config.rows * self.config.sharers)
 
 
 # --- scales
@@ -195,7 +199,8 @@ def _kernel(plan: Plan, x: Any, x_scale: Any, w: Any, w_scale: Any, out: Any, *s
 
     def start(number: jax.Array) -> tuple[jax.Array, jax.Array]:
         """First token and row of the program's tile of this number."""
-        return plan.start(program + number * plan.programs)
+        token, row = plan.start(program + number * plan.programs)
+        return token, row + lax.axis_index("sharer") * config.rows if config.sharers > 1 else row
 
     def producer() -> None:
         plgpu.set_max_registers(REGISTERS[config.consumers][0], action="decrease")
@@ -213,10 +218,10 @@ def _kernel(plan: Plan, x: Any, x_scale: Any, w: Any, w_scale: Any, out: Any, *s
                 def _() -> None:
                     plgpu.barrier_wait(free.at[slot])
 
-                columns = pl.ds(step * BLOCK, BLOCK)
-                for source, tile, at in ((x, x_tiles, token), (w, w_tiles, row)):
+                columns, shared = pl.ds(step * BLOCK, BLOCK), "sharer" if config.sharers > 1 else None
+                for source, tile, at, axes in ((x, x_tiles, token, shared), (w, w_tiles, row, None)):
                     rows = source.at[pl.ds(at, tile.shape[1]), columns]
-                    plgpu.copy_gmem_to_smem(rows, tile.at[slot], full.at[slot])
+                    plgpu.copy_gmem_to_smem(rows, tile.at[slot], full.at[slot], collective_axes=axes)
 
         # Leave when all has been reported: the interpreter wants every phase of a barrier seen.
         count = mine * steps
@@ -252,14 +257,17 @@ def _kernel(plan: Plan, x: Any, x_scale: Any, w: Any, w_scale: Any, out: Any, *s
 
             def one_step(step: jax.Array, carry: Any) -> Any:
                 sums, scales, part, slot = carry
-                factors = scales.products()
-                # A step ahead: the way to memory takes as long as a step.
-                scales = load_scales(number, jnp.minimum(step + 1, steps - 1))
+                factors: list[list[jax.Array]] = []
                 plgpu.barrier_wait(full.at[slot])
                 sums = [list(each) for each in sums]
                 for wave, row in pieces:
                     token = group * share + wave * HEIGHT
-                    part = wgmma.product(x_tiles, w_tiles, slot, token, row, part)
+                    part = wgmma.start(x_tiles, w_tiles, slot, token, row, part)
+                    if not factors:  # while the tensor core works: between products is no time for this
+                        factors = scales.products()
+                        # A step ahead: the way to memory takes as long as a step.
+                        scales = load_scales(number, jnp.minimum(step + 1, steps - 1))
+                    part = wgmma.finish(part)
                     if (wave, row) == pieces[-1]:
                         plgpu.barrier_arrive(free.at[slot])
                     for n in range(0, width, chunk):
@@ -280,7 +288,7 @@ def _kernel(plan: Plan, x: Any, x_scale: Any, w: Any, w_scale: Any, out: Any, *s
             """The tile to memory, piece by piece; the stores of the last pieces are left under way."""
             token, row = start(number)
             places = [(wave, n) for wave in range(waves) for n in range(0, config.rows, OUT_COLUMNS)]
-            together = max(1, config.slots // 2)
+            together = config.slots if config.slots == len(places) else max(1, config.slots // 2)
             for first in range(0, len(places), together):
                 # The pieces just before these may still be on their way out, if theirs are other slots.
                 known = first > 0 or len(places) % config.slots == 0
@@ -319,6 +327,13 @@ def _launch(
 ) -> jax.Array:
     """[tokens, rows] in bfloat16. A jit of its own, so that calls of one shape share one lowering."""
     plan = Plan(Shape(x.shape[0], *w.shape), config)
+    if config.sharers > 1:
+        collective: Any = {"cluster": (config.sharers,), "cluster_names": ("sharer",)}
+        free: Any = plgpu.ClusterBarrier(
+            collective_axes=("sharer",), num_arrivals=config.consumers, num_barriers=config.stages
+        )
+    else:
+        collective, free = {}, plgpu.Barrier(num_arrivals=config.consumers, num_barriers=config.stages)
     return plgpu.kernel(
         functools.partial(_kernel, plan),
         out_type=jax.ShapeDtypeStruct((x.shape[0], w.shape[0]), jnp.bfloat16),
@@ -329,10 +344,11 @@ def _launch(
                 (config.consumers, config.slots, HEIGHT, OUT_COLUMNS), jnp.bfloat16, transforms=SWIZZLED
             ),
             plgpu.Barrier(num_arrivals=2, num_barriers=config.stages),
-            plgpu.Barrier(num_arrivals=config.consumers, num_barriers=config.stages),
+            free,
         ),
         grid=(plan.programs,),
         grid_names=("program",),
+        **collective,
         num_threads=config.consumers + 1,
         thread_name="warpgroup",
         # Only copies write what the products read, and what is copied out has its barriers already.

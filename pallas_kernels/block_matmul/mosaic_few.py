@@ -422,11 +422,12 @@ def _kernel(
             sums, part, slot = carry
             sums = list(sums)
             for number, start in enumerate(starts):
-                scales = table.at[place, step, pl.ds(start, config.width)]
-                factor = plgpu.load(scales, layout=TOKEN, optimized=False)
                 if number == 0:
                     plgpu.barrier_wait(full.at[slot])
-                part = wgmma.product(w_tiles, x_tiles, slot, a_row, b_row + start, part)
+                part = wgmma.start(w_tiles, x_tiles, slot, a_row, b_row + start, part)
+                scales = table.at[place, step, pl.ds(start, config.width)]
+                factor = plgpu.load(scales, layout=TOKEN, optimized=False)
+                part = wgmma.finish(part)
                 if number == len(starts) - 1:
                     plgpu.barrier_arrive(free.at[slot])
                 sums[number] += part * lax.broadcast_in_dim(factor, part.shape, [1])
