@@ -16,7 +16,9 @@ an output that lies where an input lies (`aliases`) is an argument too.
 
 import dataclasses
 import functools
+import os
 import re
+import tempfile
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -236,12 +238,24 @@ def compile_offline(launch: Launch, arch: str) -> Binary:
     Raises:
       Exception: whatever Triton's compiler raises where the kernel cannot be compiled for `arch`.
     """
-    import triton
-
     source, target, options = _source(launch, arch)
-    compiled = triton.compile(source, target=target, options=options.__dict__)
+    compiled = _triton().compile(source, target=target, options=options.__dict__)
     code, assembly = ("cubin", "ptx") if target.backend == "cuda" else ("hsaco", "amdgcn")
     return Binary(compiled.asm[code], compiled.asm[assembly], compiled.metadata.shared)
+
+
+@functools.cache
+def _triton() -> Any:
+    """Triton with a folder for what it has compiled: jax-triton takes it away, and some users cannot write."""
+    import triton
+
+    folder = triton.knobs.cache.dir or triton.knobs.cache.get_triton_dir("cache")
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError:
+        folder = tempfile.mkdtemp(prefix="triton-")
+    triton.knobs.cache.dir = folder
+    return triton
 
 
 def _source(launch: Launch, arch: str) -> tuple[Any, Any, Any]:

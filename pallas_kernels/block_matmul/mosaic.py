@@ -60,6 +60,7 @@ class Config(NamedTuple):
     band: int = 8
     consumers: int = 2
     sharers: int = 1
+    delay: int = 0
 
     @property
     def shared_bytes(self) -> int:
@@ -307,6 +308,12 @@ def _kernel(plan: Plan, x: Any, x_scale: Any, w: Any, w_scale: Any, out: Any, *s
             sums = multiply(number, scales)
             coming = load_scales(jnp.minimum(number + 1, mine - 1), jnp.int32(0))
             write(number, sums)
+            if config.delay:
+
+                @pl.when(number == 0)
+                def _() -> None:
+                    wgmma.pause(group * config.delay)
+
             return coming
 
         lax.fori_loop(0, mine, one_tile, load_scales(jnp.int32(0), jnp.int32(0)))

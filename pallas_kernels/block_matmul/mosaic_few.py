@@ -98,7 +98,8 @@ class Config(NamedTuple):
         """Of a thread that loads and of one that multiplies, once all know their part; None: all alike."""
         if self.share + self.width <= 128:
             return None
-        return 24, min(232, (65536 // 128 - 24) // self.consumers // 8 * 8)
+        at_start = 65536 // 128 // (self.consumers + 1) // 8 * 8  # all of a program share what these make
+        return 24, min(232, (at_start * (self.consumers + 1) - 24) // self.consumers // 8 * 8)
 
     def shared_bytes(self, steps: int) -> int:
         """Of shared memory, for so many blocks of columns in each part of K."""

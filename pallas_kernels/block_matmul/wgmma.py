@@ -62,6 +62,27 @@ def finish(sums: jax.Array) -> jax.Array:
     return inline(lambda _, sums: _inline("wgmma.wait_group.sync.aligned 0;", sums))(sums)
 
 
+def pause(cycles: jax.Array) -> None:
+    """Waits so many cycles of the clock."""
+
+    def emit(_, cycles: Any) -> None:
+        text = """{
+            .reg .u32 start, now;
+            .reg .pred early;
+            mov.u32 start, %clock;
+            again:
+            mov.u32 now, %clock;
+            sub.u32 now, now, start;
+            setp.lt.u32 early, now, $0;
+            @early bra again;
+        }"""
+        value = cycles.registers.item()
+        llvm.inline_asm(ir.Type.parse("!llvm.void"), [value], text, "r", has_side_effects=True)
+
+    inline: Any = plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT,))
+    inline(emit)(cycles)
+
+
 def _sums(width: int) -> Any:
     return plgpu.ShapeDtypeStruct((HEIGHT, width), jnp.float32, layout=plgpu.Layout.WGMMA)
 
