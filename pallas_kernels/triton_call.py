@@ -5,8 +5,8 @@ What becomes of it is decided when it is lowered:
 
 - engine "ffi" (default): jax-triton, made to emit its capturable FFI call. jax-triton 0.3 still emits the
   older call, which costs 3.6 us a launch and cannot enter a CUDA graph; the newer one costs 1.1 us.
-- engine "ptx", CUDA only: Triton's PTX, compiled here, in XLA's own call of a kernel that comes as PTX. To XLA it
-  is a kernel like those it makes itself, a node of a CUDA graph; the FFI call is a graph within the graph.
+- engine "xla": XLA's own Triton call, which takes the kernel's TTIR. 0.7 us, but it parses the dialect of a
+  nearby Triton version only, and may go away.
 - `compile_offline`: Triton's own compilers for NVIDIA and AMD, for tests and inspection.
 
 A kernel parameter named VENDOR is filled with "cuda" or "rocm" by whichever of these lowers it. Pointers are
@@ -16,9 +16,6 @@ an output that lies where an input lies (`aliases`) is an argument too.
 
 import dataclasses
 import functools
-import os
-import re
-import tempfile
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -30,9 +27,7 @@ import numpy as np
 from jax.extend.core import Primitive, jaxprs_in_params
 from jax.interpreters import mlir
 
-from pallas_kernels.target import current_target
-
-Engine = Literal["ffi", "ptx"]
+Engine = Literal["ffi", "xla"]
 
 # Triton's names of the element types it is handed; FP4 and E8M0 travel as uint8.
 _TYPES = {
@@ -139,7 +134,7 @@ def _lower(vendor: str, ctx: Any, *args: Any, engine: Engine, **params: Any) -> 
     kernel, constants = params["kernel"], dict(params["constants"])
     if "VENDOR" in kernel.arg_names:
         constants["VENDOR"] = vendor
-    lower = _lower_as_ptx if engine == "ptx" and vendor == "cuda" else _lower_by_jax_triton
+    lower = _lower_by_xla if engine == "xla" else _lower_by_jax_triton
     return lower(vendor, ctx, *args, **params | {"constants": constants})
 
 
@@ -188,32 +183,17 @@ def _capturable_lowering(name: str, *, api_version: int, backend_config: Any, op
     return functools.partial(rule, opaque=backend_config)
 
 
-def _lower_as_ptx(vendor: str, ctx: Any, *args: Any, **params: Any) -> Any:
+def _lower_by_xla(vendor: str, ctx: Any, *args: Any, **params: Any) -> Any:
     dtypes = tuple(jnp.dtype(aval.dtype).name for aval in (*ctx.avals_in, *ctx.avals_out))
     constants = tuple(params["constants"].items())
     launch = Launch(params["kernel"], dtypes, constants, params["num_warps"], params["num_stages"])
-    target = current_target()
-    binary = _compiled(launch, target.arch if target.vendor == "cuda" else "sm_90")
-    name, parameters = _entry(binary.assembly)
-    # Behind its arguments a kernel of Triton's has pointers to scratch memory, which ours do not use.
-    spare = parameters.count(".param") - len(dtypes)
+    # TTIR says nothing of the chip: XLA compiles it for the one at hand.
+    name, ttir = _ttir(launch, "sm_90" if vendor == "cuda" else "gfx942")
     grid = dict(zip(("grid_x", "grid_y", "grid_z"), map(np.int32, (*params["grid"], 1, 1)), strict=False))
-    block = {"block_x": np.int32(32 * launch.num_warps), "block_y": np.int32(1), "block_z": np.int32(1)}
-    first = len(args)
-    rule = jax.ffi.ffi_lowering(
-        "__gpu$xla.gpu.ptx", api_version=4, operand_output_aliases=dict(params["aliases"])
-    )
-    return rule(
-        ctx.replace(avals_in=[*ctx.avals_in, *ctx.avals_in[:1] * spare]),
-        *(*args, *args[:1] * spare),
-        name=name,
-        kernel_type="ptx",
-        kernel_data=binary.assembly,
-        shared_mem_bytes=np.int32(binary.shared_bytes),
-        output_indices=[np.int32(first + n) for n in range(len(ctx.avals_out))],
-        **grid,
-        **block,
-    )
+    warps, stages = np.int32(launch.num_warps), np.int32(launch.num_stages)
+    aliases = dict(params["aliases"])
+    rule = jax.ffi.ffi_lowering("__gpu$xla.gpu.triton", api_version=4, operand_output_aliases=aliases)
+    return rule(ctx, *args, name=name, ir=ttir, num_warps=warps, num_stages=stages, debug=False, **grid)
 
 
 mlir.register_lowering(_launch, functools.partial(_lower, "cuda"), platform="cuda")
@@ -238,24 +218,12 @@ def compile_offline(launch: Launch, arch: str) -> Binary:
     Raises:
       Exception: whatever Triton's compiler raises where the kernel cannot be compiled for `arch`.
     """
-    source, target, options = _source(launch, arch)
-    compiled = _triton().compile(source, target=target, options=options.__dict__)
-    code, assembly = ("cubin", "ptx") if target.backend == "cuda" else ("hsaco", "amdgcn")
-    return Binary(compiled.asm[code], compiled.asm[assembly], compiled.metadata.shared)
-
-
-@functools.cache
-def _triton() -> Any:
-    """Triton with a folder for what it has compiled: jax-triton takes it away, and some users cannot write."""
     import triton
 
-    folder = triton.knobs.cache.dir or triton.knobs.cache.get_triton_dir("cache")
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except OSError:
-        folder = tempfile.mkdtemp(prefix="triton-")
-    triton.knobs.cache.dir = folder
-    return triton
+    source, target, options = _source(launch, arch)
+    compiled = triton.compile(source, target=target, options=options.__dict__)
+    code, assembly = ("cubin", "ptx") if target.backend == "cuda" else ("hsaco", "amdgcn")
+    return Binary(compiled.asm[code], compiled.asm[assembly], compiled.metadata.shared)
 
 
 def _source(launch: Launch, arch: str) -> tuple[Any, Any, Any]:
@@ -279,13 +247,17 @@ def _source(launch: Launch, arch: str) -> tuple[Any, Any, Any]:
     return source, target, options
 
 
-@functools.cache
-def _compiled(launch: Launch, arch: str) -> Binary:
-    return compile_offline(launch, arch)
+def _ttir(launch: Launch, arch: str) -> tuple[str, str]:
+    """The kernel's name in, and the text of, its module in Triton's first dialect."""
+    from triton._C.libtriton import ir
+    from triton.compiler import make_backend
 
-
-def _entry(ptx: str) -> tuple[str, str]:
-    """Name and parameters, as text, of the kernel in a module."""
-    found = re.search(r"\.entry (\w+)\(([^)]*)\)", ptx)
-    assert found is not None
-    return found[1], found[2]
+    source, target, options = _source(launch, arch)
+    backend: Any = make_backend(target)
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    codegen = backend.get_codegen_implementation(options)
+    module = source.make_ir(target, options, codegen, backend.get_module_map(), context)
+    text = str(module)
+    return text.split("tt.func public @", 1)[1].split("(", 1)[0], text

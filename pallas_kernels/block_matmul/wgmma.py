@@ -56,31 +56,11 @@ def start(
     return inline(emit)(a_ref, b_ref, slot, jnp.int32(a_row), jnp.int32(b_row), spent)
 
 
-def finish(sums: jax.Array) -> jax.Array:
-    """Waits for the product that `start` has begun."""
+def finish(sums: jax.Array, later: int = 0) -> jax.Array:
+    """Waits for the product that `start` has begun, but not for as many begun `later`."""
+    text = f"wgmma.wait_group.sync.aligned {later};"
     inline: Any = plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,), return_type=_sums(sums.shape[1]))
-    return inline(lambda _, sums: _inline("wgmma.wait_group.sync.aligned 0;", sums))(sums)
-
-
-def pause(cycles: jax.Array) -> None:
-    """Waits so many cycles of the clock."""
-
-    def emit(_, cycles: Any) -> None:
-        text = """{
-            .reg .u32 start, now;
-            .reg .pred early;
-            mov.u32 start, %clock;
-            again:
-            mov.u32 now, %clock;
-            sub.u32 now, now, start;
-            setp.lt.u32 early, now, $0;
-            @early bra again;
-        }"""
-        value = cycles.registers.item()
-        llvm.inline_asm(ir.Type.parse("!llvm.void"), [value], text, "r", has_side_effects=True)
-
-    inline: Any = plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT,))
-    inline(emit)(cycles)
+    return inline(lambda _, sums: _inline(text, sums))(sums)
 
 
 def _sums(width: int) -> Any:

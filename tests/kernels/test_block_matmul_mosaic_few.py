@@ -159,7 +159,7 @@ class Mail:
 def test_the_interpreter_agrees_with_the_reference(shape, config, scale, monkeypatch):
     mail = Mail(config)
     monkeypatch.setattr(wgmma, "start", plain_product)
-    monkeypatch.setattr(wgmma, "finish", lambda sums: sums)
+    monkeypatch.setattr(wgmma, "finish", lambda sums, later=0: sums)
     monkeypatch.setattr(mosaic_few, "_load_factors", plain_factors)
     monkeypatch.setattr(mosaic_few, "_open", lambda *_: None)
     monkeypatch.setattr(mosaic_few, "_meet", lambda: None)
