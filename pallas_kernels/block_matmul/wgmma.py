@@ -30,8 +30,8 @@ def start(
     one, and has too few registers for both.
 
     Args:
-      a_ref, b_ref: [stages, rows, 128] in FP8.
-      a_row, b_row: first rows of the product in the stage, multiples of 8.
+      a_ref, b_ref: [slots, rows, 128] in FP8.
+      a_row, b_row: first rows of the product in the slot, multiples of 8.
     """
 
     def emit(
