@@ -96,9 +96,9 @@ class Config(NamedTuple):
     @property
     def registers(self) -> tuple[int, int] | None:
         """Of a thread that loads and of one that multiplies, once all know their part; None: all alike."""
-        if self.share + self.width <= 128:
-            return None
         at_start = 65536 // 128 // (self.consumers + 1) // 8 * 8  # all of a program share what these make
+        if self.share // 2 + self.width + 40 <= at_start or at_start >= 232:  # sums; two products; all else
+            return None
         return 24, min(232, (at_start * (self.consumers + 1) - 24) // self.consumers // 8 * 8)
 
     def shared_bytes(self, steps: int) -> int:
