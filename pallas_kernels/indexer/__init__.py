@@ -102,9 +102,9 @@ def index_select(
     *,
     implementation: str | None = None,
 ) -> Int32[Array, "B T K"]:
-    """The min(top_k, S) best-scored among the first `visible` entries of each query, best first.
+    """The min(top_k, S) best-scored among the first `visible` entries of each query, in the entries' order.
 
-    Ties go to the smaller index; places that no visible entry fills hold -1. Never holds the scores of all
+    Ties go to the smaller index; places at the end that no visible entry fills hold -1. Never holds the scores of all
     queries at once. Operands are those of `index_scores`.
     """
     if 0 in (q.size, keys.size):

@@ -30,7 +30,9 @@ def index_scores(q: jax.Array | QuantArray, keys: jax.Array | QuantArray, weight
 def index_top_k(scores: jax.Array, visible: jax.Array, top_k: int) -> jax.Array:
     hidden_BTS = jnp.arange(scores.shape[-1]) >= visible[..., None]
     best, chosen = jax.lax.top_k(jnp.where(hidden_BTS, -jnp.inf, scores), min(top_k, scores.shape[-1]))
-    return jnp.where(best == -jnp.inf, -1, chosen).astype(jnp.int32)
+    entries = scores.shape[-1]
+    in_order = jnp.sort(jnp.where(best == -jnp.inf, entries, chosen), axis=-1)
+    return jnp.where(in_order == entries, -1, in_order).astype(jnp.int32)
 
 
 def index_select(
