@@ -166,9 +166,7 @@ def _keys(config: Config, refs: Any, slot: jax.Array, group: jax.Array) -> jax.A
         registers = np.array([vector.broadcast(one, value) for value in found], dtype=object)
         layout = WGMMA_LAYOUT_ACC_32BIT
         shape = layout.registers_shape(_carried(config.waves).shape)
-        carrier = mgpu.FragmentedArray(
-            _registers=registers.reshape(shape), _layout=layout, _is_signed=None
-        )
+        carrier = mgpu.FragmentedArray(_registers=registers.reshape(shape), _layout=layout, _is_signed=None)
         return carrier.to_layout(WGMMA_LAYOUT)
 
     inline: Any = plgpu.inline_mgpu(

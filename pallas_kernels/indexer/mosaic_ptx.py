@@ -166,9 +166,7 @@ def _issue_ptx(query: int, wave: int, part: str, add: str) -> list[str]:
         operand = ", ".join(f"a{wave}_{4 * step + n}" for n in range(4))
         instruction = f"wgmma.mma_async.sync.aligned.m64n{HEADS}k32.f32.e4m3.e4m3"
         # The first of a product does not add to what the registers hold.
-        lines.append(
-            f"{instruction} {{{registers}}}, {{{operand}}}, heads, {'more' if step else add}, 1, 1;"
-        )
+        lines.append(f"{instruction} {{{registers}}}, {{{operand}}}, heads, {'more' if step else add}, 1, 1;")
         lines.append("add.s64 heads, heads, 2;")  # 32 bytes further
     return [*lines, "wgmma.commit_group.sync.aligned;"]
 
@@ -286,7 +284,9 @@ def scores_ptx(queries: int, waves: int, parts: int, stride: int) -> str:
     behind = parts - 1  # a product is waited for once so many more are on their way
     for number in range(len(products) + behind):
         if number < len(products):
-            lines += _issue_ptx(*products[number], f"p{number % parts}", "none" if number < parts else "never")
+            lines += _issue_ptx(
+                *products[number], f"p{number % parts}", "none" if number < parts else "never"
+            )
         if number >= behind:
             query, wave = products[number - behind]
             lines += _weights_ptx(query) if wave == 0 else []

@@ -75,3 +75,21 @@ def save(rows: list[dict[str, Any]], path: Path) -> None:
     kept = [row for row in old if (row["id"], row["implementation"]) not in new]
     lines = ",\n".join(json.dumps(row) for row in kept + rows)
     path.write_text(f"[\n{lines}\n]\n")
+
+
+def repeated(run: Callable[..., Any], calls: int) -> Any:
+    """A jitted function of a list of inputs: `calls` times `run`, one call after the other, on each in turn.
+
+    Without a loop, which would read a number back to the host after every round; so CUDA can replay it as one
+    graph. It returns what all calls returned.
+    """
+
+    def all_calls(inputs: list[Any]) -> list[Any]:
+        found = []
+        for number in range(calls):
+            found.append(run(*inputs[number % len(inputs)]))
+            # To XLA the next call hangs on this one's results: it can neither merge nor reorder them.
+            inputs, found[-1] = jax.lax.optimization_barrier((inputs, found[-1]))
+        return found
+
+    return jax.jit(all_calls)

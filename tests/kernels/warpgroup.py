@@ -64,7 +64,9 @@ class Warpgroup:
     def _compute(self, name: str, arguments: list[str]) -> None:
         target, *sources = arguments
         operation, *kinds = name.split(".")
-        kind = {"f32": np.float32, "s32": np.int32, "u64": np.uint64, "s64": np.uint64}.get(kinds[-1], np.uint32)
+        kind = {"f32": np.float32, "s32": np.int32, "u64": np.uint64, "s64": np.uint64}.get(
+            kinds[-1], np.uint32
+        )
         if name == "mov.b64":
             low, high = (self.read(each, np.uint64) for each in sources[0][1:].replace(" ", "").split(","))
             return self._write(target, low | high << np.uint64(32))
@@ -154,7 +156,10 @@ def e4m3(values: np.ndarray) -> np.ndarray:
 
 
 def _prmt(low: np.ndarray, high: np.ndarray, which: np.ndarray) -> np.ndarray:
-    both, found = low.astype(np.uint64) | high.astype(np.uint64) << np.uint64(32), np.zeros(THREADS, np.uint64)
+    both, found = (
+        low.astype(np.uint64) | high.astype(np.uint64) << np.uint64(32),
+        np.zeros(THREADS, np.uint64),
+    )
     for n in range(4):
         digit = which.astype(np.uint64) >> np.uint64(4 * n) & np.uint64(15)
         byte = both >> (digit & np.uint64(7)) * np.uint64(8) & np.uint64(255)
