@@ -124,8 +124,8 @@ def index_select(
 ) -> Int32[Array, "B T K"]:
     """The min(top_k, S) best-scored among the first `visible` entries of each query, in the entries' order.
 
-    Ties go to the smaller index; places at the end that no visible entry fills hold -1. Never holds the scores
-    of all queries at once. Operands are those of `index_scores`.
+    Ties go to the smaller index; places at the end that no visible entry fills hold -1. Never holds the
+    scores of all queries at once. Operands are those of `index_scores`.
     """
     if 0 in (q.size, keys.size):
         return jnp.full((*q.shape[:2], min(top_k, keys.shape[1])), -1, jnp.int32)

@@ -5,9 +5,9 @@ an item: a tile of keys by a chunk of a sequence's queries. One warpgroup of a p
 scales into one ring, queries and the weights of their heads into another. The others multiply, each its share
 of a tile's keys by every query. Of 64 columns of a product, a query's heads, one number is left.
 
-Items are dealt out in turn. The one that loads goes through the sequences' chunks and counts the tiles of which
-a query of the chunk sees any; the others learn from it what they have before them. So it does not matter how
-long the cache could become, and sequences of any lengths fill the chip.
+Items are dealt out in turn. The one that loads goes through the sequences' chunks and counts the tiles of
+which a query of the chunk sees any; the others learn from it what they have before them. So it does not
+matter how long the cache could become, and sequences of any lengths fill the chip.
 """
 
 import functools
@@ -184,7 +184,7 @@ def _score(
     count: jax.Array,
     at: tuple[jax.Array, jax.Array],
 ) -> None:
-    """Writes the scores of a slot's queries, of which `count` are real; `at` is row and column of the first."""
+    """Writes the scores of a slot's queries, of which `count` are real, from row and column `at` on."""
     stride = 4 * sizes.stride
 
     def emit(_, q: ir.Value, weights: ir.Value, out: ir.Value, operand: Any, *numbers: Any) -> None:

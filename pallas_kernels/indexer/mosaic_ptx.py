@@ -4,8 +4,8 @@ It is PTX for two reasons. The tensor core's instructions return before they are
 may know when a register is free. And nothing else would map bytes of packed keys to threads as
 `queries.channel_order` has it.
 
-`$name` stands for an operand of the inline assembly. A thread of a warp is t, q = divmod(lane, 4). A wave is 64
-keys, the rows of a product; of those a thread has t and t + 8 of its warp's sixteen.
+`$name` stands for an operand of the inline assembly. A thread of a warp is t, q = divmod(lane, 4). A wave is
+64 keys, the rows of a product; of those a thread has t and t + 8 of its warp's sixteen.
 """
 
 HEADS, CHANNELS = 64, 128  # the columns of a product, and what it sums over
@@ -16,7 +16,7 @@ SUMS = HEADS // 2  # of a product
 
 
 def pairs(waves: int) -> int:
-    """Scores of a query that a thread writes: one of four of each wave has none, or each has one of two waves."""
+    """Scores of a query that a thread writes: one of every two waves, or every other thread that of one."""
     return -(-waves // 2)
 
 
@@ -195,7 +195,7 @@ def _sum_ptx(wave: int, part: str) -> list[str]:
 
 
 def _trade_ptx(kept: str, first: str, second: str, bit: str, distance: int) -> list[str]:
-    """`first` of a thread without the bit and its neighbour that has it, added; `second` of one that has it."""
+    """`first` of a thread without the bit and of its neighbour, added; `second` where it has the bit."""
     return [
         f"selp.f32 given, {first}, {second}, {bit};",
         f"selp.f32 {kept}, {second}, {first}, {bit};",

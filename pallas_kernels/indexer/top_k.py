@@ -1,9 +1,9 @@
 """The best k of each row of scores, by the order of their indices, ties to the smaller index.
 
-Scores become integers of the same order. Bisection finds the k-th largest: first between scores, which takes a
-dozen steps, then, where many are alike, between their bits, which must end. What is above it, and as many as
-there is room for of those that equal it, is written side by side. Long rows are cut into parts, whose best k
-each go to the next round.
+Scores become integers of the same order. Bisection finds the k-th largest: first between scores, which takes
+a dozen steps, then, where many are alike, between their bits, which must end. What is above it, and as many
+as there is room for of those that equal it, is written side by side. Long rows are cut into parts, whose best
+k each go to the next round.
 """
 
 from typing import Any
@@ -151,7 +151,7 @@ def index_top_k(
     part: int | None = None,
     num_warps: int | None = None,
 ) -> jax.Array:
-    """The min(top_k, columns) best of the first `visible` of each row, in their order; then -1 for what is missing.
+    """The min(top_k, columns) best of the first `visible` of each row in their order; -1 for what is missing.
 
     Args:
       scores: [B, T, stride] float32; -infinity is as not visible, NaN the best.

@@ -286,12 +286,12 @@ def index_scores(
     rows, stride = rows or tokens, stride or entries
     first = jnp.zeros(1, jnp.int32) if first is None else first
     target = current_target()
+    operands: list[Any] = [q, keys, weights]  # in place of scales that are not there, never read
+    fp4 = isinstance(q, TiledQueries) and isinstance(keys, QuantArray)
     if isinstance(q, TiledQueries) and isinstance(keys, QuantArray):
-        fp4, bytes = True, jax.lax.bitcast_convert_type(q.values, jnp.uint8)
         words = keys.values.reshape(batch, entries, channels // 8, 4)
-        operands = (bytes, jax.lax.bitcast_convert_type(words, jnp.int32), keys.scale)
-    else:
-        fp4, operands = False, (q, keys, weights)  # in place of scales that are not there, never read
+        operands = [jax.lax.bitcast_convert_type(q.values, jnp.uint8)]
+        operands += [jax.lax.bitcast_convert_type(words, jnp.int32), keys.scale]
     tiling = tiling or tiling_for(target.arch, batch, rows, entries, heads)
     tiles = -(-entries // tiling.keys)
     constants: dict[str, Any] = {

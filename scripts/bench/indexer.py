@@ -75,6 +75,11 @@ class Case:
     implementation: str = "triton"
 
     @property
+    def size(self) -> tuple[int, int, int, bool]:
+        """Cases that are alike in this are prepared together."""
+        return self.batch, self.tokens, self.entries, self.kind == "top-k"
+
+    @property
     def label(self) -> str:
         return f"{self.implementation} {self.kind}" if self.kind != "top-k" else self.implementation
 
@@ -142,9 +147,9 @@ class Case:
         some = min(CHECKED, self.tokens)
         q, weights = jax.tree.map(lambda leaf: leaf[:1, -some:], (q, weights))
         expected = reference.index_scores(q, jax.tree.map(lambda leaf: leaf[:1], keys), weights)
-        found, expected = (np.asarray(each, np.float64)[0] for each in (found[:1, -some:], expected))
-        apart = np.abs(found - expected).max() / np.abs(expected).max()
-        return (float(apart) if np.isfinite(apart) else math.inf), traded(found, expected)
+        mine, theirs = (np.asarray(each, np.float64)[0] for each in (found[:1, -some:], expected))
+        apart = np.abs(mine - theirs).max() / np.abs(theirs).max()
+        return (float(apart) if np.isfinite(apart) else math.inf), traded(mine, theirs)
 
 
 def traded(found: np.ndarray, expected: np.ndarray) -> str:
@@ -218,12 +223,8 @@ def main() -> int:
     started = time.perf_counter()
     chosen = [case for name, case in cases.items() if any(part in name for part in arguments.cases)]
     wrong = 0
-    for size in dict.fromkeys(
-        (case.batch, case.tokens, case.entries, case.kind == "top-k") for case in chosen
-    ):
-        some = [
-            each for each in chosen if (each.batch, each.tokens, each.entries, each.kind == "top-k") == size
-        ]
+    for size in dict.fromkeys(case.size for case in chosen):
+        some = [each for each in chosen if each.size == size]
         tried = [
             (case, candidate)
             for case in some

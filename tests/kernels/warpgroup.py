@@ -14,7 +14,7 @@ THREADS = 128
 
 
 class Warpgroup:
-    """128 threads in step. A register is an array of 128 numbers: uint32, uint64, float32 or bool by its use."""
+    """128 threads in step. A register is an array of 128 numbers, of a dtype by its use."""
 
     def __init__(self, shared: np.ndarray, memory: np.ndarray):
         self.shared, self.memory = shared, memory
