@@ -285,7 +285,7 @@ def sparse_attention(
     return combine(part, weight, attn_sink)
 
 
-def combine(part: jax.Array, weight: jax.Array, attn_sink: jax.Array) -> jax.Array:
+def combine(part: jax.Array, weight: jax.Array, attn_sink: jax.Array, turns=None) -> jax.Array:
     """[B, T, H, D] of splits [B, T, H, splits, D] and of the log2 of each one's sum of weights."""
     *outer, heads, splits, channels = part.shape
     out = jax.ShapeDtypeStruct((*outer, heads, channels), part.dtype)
