@@ -5,8 +5,8 @@
     QuantKV      fp8_block64 but for the rotated columns         584 bytes            keys and values
     QuantArray   fp4_group32                                     68 bytes             keys of the index
 
-Numbers that have gone through the format once (`fake_quantize`) are kept exactly. Bytes that are all zero, as in
-a slot that nobody has written, stand for zeros.
+Numbers that have gone through the format once (`fake_quantize`) are kept exactly. Bytes that are all zero, as
+in a slot that nobody has written, stand for zeros.
 """
 
 import dataclasses

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.cached_rows import CachedRows, QuantKV
+from pallas_kernels.formats import QuantArray
 from pallas_kernels.sparse_attention import mosaic_kernel
 from pallas_kernels.sparse_attention.mosaic_config import (
     CHANNELS,
@@ -56,7 +57,7 @@ def fits(
 
 
 def _takes(kv: CachedRows) -> bool:
-    return isinstance(kv, jax.Array) or (isinstance(kv, QuantKV) and kv.nope.shape[-1] == NOPE)
+    return kv.nope.shape[-1] == NOPE if isinstance(kv, QuantKV) else not isinstance(kv, QuantArray)
 
 
 @functools.partial(jax.jit, static_argnames=("softmax_scale", "config", "interpret"))
@@ -89,7 +90,7 @@ def sparse_attention(
         q.reshape(-1, HEADS, channels),
         *(leaf for kv in kvs for leaf in jax.tree.leaves(kv)),
         *(window_index, compressed_index, attn_sink),
-        *(turns or (attn_sink, attn_sink)),  # never read
+        *((each.reshape(-1, PAIRS) for each in turns) if turns else (attn_sink, attn_sink)),  # never read
     )
     out, *parts = _launch(arguments, sizes, config, softmax_scale, interpret)
     if config.splits == 1 or config.cluster:
@@ -101,7 +102,7 @@ def sparse_attention(
 def _launch(
     arguments: Any, sizes: Sizes, config: Config, scale: float, interpret: Any = None
 ) -> tuple[jax.Array, ...]:
-    """[queries x groups, 64, 512], and with splits [.., splits, 512] and the log2 of their sums of weights."""
+    """[queries x groups, 64, 512]; with splits [.., splits, 512] and the log2 of their sums of weights."""
     heads, splits = sizes.queries * sizes.groups, (config.splits,) if config.splits > 1 else ()
     outs = [jax.ShapeDtypeStruct((heads, HEADS, *splits, CHANNELS), jnp.bfloat16)]
     if splits:

@@ -78,7 +78,7 @@ class Sizes(NamedTuple):
 
     @property
     def registers(self) -> tuple[int, int]:
-        """Of a thread that gathers, of one that attends: 128 and 256 of them share 64 Ki, 168 each at first."""
+        """Of a thread that gathers, and of one that attends: 128 and 256 share 64 Ki, 168 each at first."""
         return (96, 208) if self.codes else (40, 232)
 
 
@@ -91,7 +91,7 @@ def config_for(sizes: Sizes) -> Config:
     """
     programs, pairs = sizes.queries * sizes.groups, -(-sizes.blocks // 2)
     splits = max(1, min(MULTIPROCESSORS // programs, pairs))
-    cluster = 1 < splits and pairs <= 2 * MOST_IN_CLUSTER
+    cluster = splits > 1 and pairs <= 2 * MOST_IN_CLUSTER
     if cluster:
         splits = min(splits, MOST_IN_CLUSTER)
     return Config(splits, cluster, look=splits == 1 or pairs > 4 * splits)

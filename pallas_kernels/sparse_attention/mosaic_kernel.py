@@ -331,5 +331,3 @@ def kernel(sizes: Sizes, config: Config, scale: float, *refs: Any) -> None:
     pl.when(part == 2)(gatherer)
     for me in range(2):
         pl.when(part == me)(functools.partial(attender, me))
-
-

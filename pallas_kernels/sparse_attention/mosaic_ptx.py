@@ -1,11 +1,12 @@
 """What the Mosaic kernel of `sparse_attention` does that Mosaic has no words for, in PTX.
 
-The copy engine of Hopper takes no list of rows, and Mosaic knows neither copies of 16 bytes by each thread, nor
-a barrier that these report to, nor bytes that become bfloat16 on their way to shared memory. A "scalar" here may
-be another number in each thread: it is a register that one piece of assembly leaves to the next.
+The copy engine of Hopper takes no list of rows, and Mosaic knows neither copies of 16 bytes by each thread,
+nor a barrier that these report to, nor bytes that become bfloat16 on their way to shared memory. A "scalar"
+here may be another number in each thread: it is a register that one piece of assembly leaves to the next.
 
-A block of rows lies as the tensor core wants it: in pieces of 8 rows x 64 columns, 1 KiB each, in which sixteen
-bytes trade places by row. Where a place has no row nothing is read: it becomes zeros, and its logits start at -inf.
+A block of rows lies as the tensor core wants it: in pieces of 8 rows x 64 columns, 1 KiB each, in which
+sixteen bytes trade places by row. Where a place has no row nothing is read: it becomes zeros, and its logits
+start at -inf.
 """
 
 import re
@@ -136,7 +137,7 @@ def rows_text(sizes: Sizes) -> str:
 
 
 def _chosen_text(sizes: Sizes, *names: str) -> str:
-    """`last` row and `batch_rows`, rows before this batch; and for each name the array that the block is of."""
+    """`last` row, `batch_rows`, rows before this batch; and for each name the array that the block is of."""
     lines = [".reg .pred in_window;", ".reg .b32 last, batch_rows;"]
     lines += [f".reg .b64 {name};" for name in names]
     if not sizes.chosen:
@@ -231,9 +232,7 @@ def raw_text(sizes: Sizes) -> str:
         "setp.ge.s32 there, $row, 0;",
     ]
     lines += [f"mov.b32 $result{n}, 0;" for n in range(RAW)]
-    lines.append(
-        f"@there ld.global.nc.v2.b32 {{$result{4 * CHUNKS}, $result{4 * CHUNKS + 1}}}, [scale_at];"
-    )
+    lines.append(f"@there ld.global.nc.v2.b32 {{$result{4 * CHUNKS}, $result{4 * CHUNKS + 1}}}, [scale_at];")
     for chunk in range(CHUNKS):
         words = ", ".join(f"$result{4 * chunk + n}" for n in range(4))
         lines.append(f"@there ld.global.nc.L2::128B.v4.b32 {{{words}}}, [at+{64 * chunk}];")
@@ -313,7 +312,8 @@ def decode_text(half: int) -> str:
     """Codes of a thread's row become bfloat16 in shared memory; its place's start of logits beside them.
 
     The bits of a code, moved to those of a bfloat16, are its number times 2^-120, whether normal or not. Both
-    products are exact: 2^120 brings it back, the scale is a power of two. Codes that are no numbers become 480.
+    products are exact: 2^120 brings it back, the scale is a power of two. Codes that are no numbers become
+    480.
     """
     lines = [
         _place_text(),

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.attention_inputs.reference import rotate
 from pallas_kernels.cached_rows import CachedRows, read_rows
 
 # Gathered keys of all queries at once would not fit for long prompts.
@@ -16,18 +17,24 @@ def sparse_attention(
     compressed_kv: CachedRows | None,
     compressed_index: jax.Array | None,
     attn_sink: jax.Array,
+    turns: tuple[jax.Array, jax.Array] | None,
     softmax_scale: float,
 ) -> jax.Array:
     def one_query(query):
-        q_BHD, window_BW, compressed_BK = query
+        q_BHD, window_BW, compressed_BK, turns_BP = query
         kv_BKD, index_BK = read_rows(window_kv, window_BW, jnp.float32), window_BW
         if compressed_kv is not None:
             entries_BKD = read_rows(compressed_kv, compressed_BK, jnp.float32)
             kv_BKD = jnp.concatenate([kv_BKD, entries_BKD], 1)
             index_BK = jnp.concatenate([index_BK, compressed_BK], 1)
-        return _attend(q_BHD, kv_BKD, index_BK >= 0, attn_sink, softmax_scale).astype(q.dtype)
+        out_BHD = _attend(q_BHD, kv_BKD, index_BK >= 0, attn_sink, softmax_scale)
+        if turns_BP is not None:
+            cos_B1P, sin_B1P = (each[:, None] for each in turns_BP)
+            out_BHD = rotate(out_BHD, cos_B1P, -sin_B1P)
+        return out_BHD.astype(q.dtype)
 
-    by_token = jax.tree.map(lambda array: jnp.moveaxis(array, 1, 0), (q, window_index, compressed_index))
+    arrays = (q, window_index, compressed_index, turns)
+    by_token = jax.tree.map(lambda array: jnp.moveaxis(array, 1, 0), arrays)
     out_TBHD = jax.lax.map(one_query, by_token, batch_size=max(1, QUERIES_AT_ONCE // q.shape[0]))
     return jnp.moveaxis(out_TBHD, 0, 1)
 

@@ -13,7 +13,11 @@ from dsv4_jax.model import declare
 from dsv4_jax.numerics import KVQUANT, OFFICIAL, Numerics
 from pallas_kernels import QuantArray, QuantKV, decode_rows
 
-TOKENS, PREFILL, DRAFTS = 75, 61, 2  # past the window of 16, its wrap and the 8 entries that the indexer takes
+TOKENS, PREFILL, DRAFTS = (
+    75,
+    61,
+    2,
+)  # past the window of 16, its wrap and the 8 entries that the indexer takes
 
 
 def run(golden, layer: int, numerics: Numerics, kept: Numerics):
