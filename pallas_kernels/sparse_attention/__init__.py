@@ -122,7 +122,7 @@ def sparse_attention(
     if q.size == 0:
         return jnp.zeros(q.shape, q.dtype)
     _check("window_index", window_index, window_kv)
-    if compressed_kv is not None:
+    if compressed_kv is not None and compressed_index is not None:
         _check("compressed_index", compressed_index, compressed_kv)
     arrays = (q, window_kv, window_index, compressed_kv, compressed_index, attn_sink, turns)
     arguments = (*arrays, softmax_scale)

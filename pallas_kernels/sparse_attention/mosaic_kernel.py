@@ -290,10 +290,10 @@ def kernel(sizes: Sizes, config: Config, scale: float, *refs: Any) -> None:
                 if n >= 2 - me:
                     plgpu.wait_smem_to_gmem(1 - me, wait_read_only=True)
                 piece = pieces.at[n % (2 - me)]
-                columns = sums[:, n * COLUMNS : (n + 1) * COLUMNS]
+                result = sums[:, n * COLUMNS : (n + 1) * COLUMNS]
                 if sizes.turned and config.splits == 1 and (me, n) == (1, 3):
-                    columns = ptx.turned_back(columns, *turns, item.query)
-                piece[...] = columns.astype(jnp.bfloat16)
+                    result = ptx.turned_back(result, *turns, query=item.query)
+                piece[...] = result.astype(jnp.bfloat16)
                 plgpu.commit_smem()
                 columns = pl.ds(me * (CHANNELS // 2) + n * COLUMNS, COLUMNS)
                 plgpu.copy_smem_to_gmem(piece, out.at[:, columns])
@@ -321,8 +321,8 @@ def kernel(sizes: Sizes, config: Config, scale: float, *refs: Any) -> None:
             if config.cluster:
                 plgpu.wait_smem_to_gmem(0)
                 ptx.meet()
-                number = item.at, item.query, item.group, item.split
-                ptx.combine(sizes, config.splits, me, outs[1], outs[2], attn_sink, turns, outs[0], number)
+                share_of = item.at, item.query, item.group, item.split
+                ptx.combine(sizes, config.splits, me, outs[1], outs[2], attn_sink, turns, outs[0], share_of)
             return phase
 
         lax.fori_loop(0, mine, one_item, jnp.int32(0))
