@@ -3,7 +3,7 @@
 Two kinds of memory: the most recent rows, in a ring, and compressed entries, which stay. Every slot follows
 from the absolute position of its token, so there are no counters to keep and nothing to undo: a sequence
 that is set back (a rejected draft, a retry) simply writes the same slots again. For that the rings hold
-`max_draft` rows more than a step needs.
+`max_draft` rows more than a step needs. Keys, values and index keys are kept in the formats of the numerics.
 """
 
 import dataclasses
@@ -11,11 +11,12 @@ from typing import Self
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Float32, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from dsv4_jax.config import Config
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.sharding import constrain
+from pallas_kernels import CachedRows, empty_rows, read_rows, write_rows
 
 
 @jax.tree_util.register_dataclass
@@ -23,16 +24,11 @@ from dsv4_jax.sharding import constrain
 class RecentRows:
     """The last rows of each sequence, one per token; the row of position p is in slot p mod slots."""
 
-    rows: Float[Array, "batch slots channels"]
-
-    @classmethod
-    def zeros(cls, batch: int, slots: int, channels: int, dtype) -> Self:
-        return cls(_zeros(batch, slots, channels, dtype))
+    rows: CachedRows  # [batch, slots, channels]
 
     def before(self, position: Int32[Array, " batch"], count: int) -> Float[Array, "batch count channels"]:
-        """Rows of the `count` positions before `position`, oldest first; meaningless before the start."""
-        slots = (position[:, None] - count + jnp.arange(count)) % self.rows.shape[1]
-        return jnp.take_along_axis(self.rows, slots[..., None], axis=1)
+        """Numbers of the `count` positions before `position`, oldest first; meaningless before the start."""
+        return read_rows(self.rows, (position[:, None] - count + jnp.arange(count)) % self.rows.shape[1])
 
     def write(
         self,
@@ -44,7 +40,7 @@ class RecentRows:
         slots = self.rows.shape[1]
         token, end = jnp.arange(rows.shape[1]), length[:, None]
         keep = (token < end) & (token >= end - slots)  # of rows that share a slot the last one stays
-        return type(self)(_scatter(self.rows, rows, (position[:, None] + token) % slots, keep))
+        return type(self)(write_rows(self.rows, rows, (position[:, None] + token) % slots, keep))
 
 
 @jax.tree_util.register_dataclass
@@ -55,17 +51,9 @@ class CompressedCache:
     Entry i covers positions i * ratio to i * ratio + ratio - 1; it counts once its last token is there.
     """
 
-    entries: Float[Array, "batch slots head_dim"]
+    entries: CachedRows  # [batch, slots, head_dim]
     kv: RecentRows  # float32, before pooling
     score: RecentRows  # float32, with ape
-
-    @classmethod
-    def zeros(
-        cls, batch: int, max_len: int, max_draft: int, ratio: int, overlap: bool, head_dim: int, dtype
-    ) -> Self:
-        channels, rows = (2 * head_dim, 2 * ratio) if overlap else (head_dim, ratio)
-        kv, score = (RecentRows.zeros(batch, rows + max_draft, channels, jnp.float32) for _ in range(2))
-        return cls(_zeros(batch, -(-max_len // ratio), head_dim, dtype), kv, score)
 
     def write(
         self,
@@ -74,18 +62,7 @@ class CompressedCache:
         complete: Bool[Array, "batch count"],
     ) -> Self:
         """Stores those `entries` that are complete at their index `entry`."""
-        return dataclasses.replace(self, entries=_scatter(self.entries, entries, entry, complete))
-
-    def write_raw(
-        self,
-        kv: Float32[Array, "batch tokens channels"],
-        score: Float32[Array, "batch tokens channels"],
-        position: Int32[Array, " batch"],
-        length: Int32[Array, " batch"],
-    ) -> Self:
-        """Stores the raw rows of new tokens, as `RecentRows.write`."""
-        kv_rows, score_rows = self.kv.write(kv, position, length), self.score.write(score, position, length)
-        return dataclasses.replace(self, kv=kv_rows, score=score_rows)
+        return dataclasses.replace(self, entries=write_rows(self.entries, entries, entry, complete))
 
 
 @jax.tree_util.register_dataclass
@@ -102,15 +79,27 @@ class LayerCache:
         cls, config: Config, numerics: Numerics, ratio: int, *, batch: int, max_len: int, max_draft: int
     ) -> Self:
         """An empty cache for sequences of up to `max_len` tokens."""
-        dtype = jnp.dtype(numerics.dtype)
-        window = RecentRows.zeros(batch, config.sliding_window + max_draft, config.head_dim, dtype)
-        if ratio == 0:
-            return cls(window)
-        overlap = ratio == 4
-        shape = (batch, max_len, max_draft, ratio, overlap)
-        compressed = CompressedCache.zeros(*shape, config.head_dim, dtype)
-        index = CompressedCache.zeros(*shape, config.index_head_dim, dtype) if overlap else None
-        return cls(window, compressed, index)
+        dtype, rotated = jnp.dtype(numerics.dtype), config.qk_rope_head_dim
+
+        def rows(slots: int, width: int, format: str | None, dtype=dtype) -> CachedRows:
+            empty = empty_rows(batch, slots, width, format, rotated, dtype)
+            return jax.tree.map(lambda leaf: constrain(leaf, "batch", "cache_slots", "head_dim"), empty)
+
+        def compressed(width: int, format: str | None) -> CompressedCache:
+            # Overlapping windows have channels of their own for the first and the second time they are seen.
+            times = 2 if ratio == 4 else 1
+            raw = [
+                RecentRows(rows(times * ratio + max_draft, times * width, None, jnp.float32))
+                for _ in range(2)
+            ]
+            return CompressedCache(rows(-(-max_len // ratio), width, format), *raw)
+
+        window = RecentRows(rows(config.sliding_window + max_draft, config.head_dim, numerics.kv))
+        return cls(
+            window,
+            compressed(config.head_dim, numerics.kv) if ratio else None,
+            compressed(config.index_head_dim, numerics.index) if ratio == 4 else None,
+        )
 
 
 Cache = tuple[LayerCache, ...]
@@ -129,17 +118,20 @@ def make_cache(config: Config, numerics: Numerics, *, batch: int, max_len: int, 
     )
 
 
-def _zeros(batch: int, slots: int, channels: int, dtype) -> jax.Array:
-    return constrain(jnp.zeros((batch, slots, channels), dtype), "batch", "cache_slots", "head_dim")
+def plan_bytes(
+    config: Config, numerics: Numerics, *, batch: int, max_len: int, max_draft: int = 0
+) -> dict[str, int]:
+    """Bytes of what `make_cache` makes, by what it keeps: "window", "entries", "index keys", "raw rows"."""
+    sizes = {"batch": batch, "max_len": max_len, "max_draft": max_draft}
+    plan = dict.fromkeys(("window", "entries", "index keys", "raw rows"), 0)
+    for layer in jax.eval_shape(lambda: make_cache(config, numerics, **sizes)):
+        plan["window"] += _nbytes(layer.window)
+        for what, kept in (("entries", layer.compressed), ("index keys", layer.index)):
+            if kept is not None:
+                plan[what] += _nbytes(kept.entries)
+                plan["raw rows"] += _nbytes((kept.kv, kept.score))
+    return plan
 
 
-def _scatter(
-    into: Float[Array, "batch slots channels"],
-    rows: Float[Array, "batch count channels"],
-    slot: Int32[Array, "batch count"],
-    keep: Bool[Array, "batch count"],
-) -> Float[Array, "batch slots channels"]:
-    """Row (b, i) to slot (b, i) where it is to be kept; a slot past the end is dropped."""
-    slot = jnp.where(keep, slot, into.shape[1])
-    batch = jnp.arange(into.shape[0])[:, None]
-    return into.at[batch, slot].set(rows.astype(into.dtype), mode="drop")
+def _nbytes(tree) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -13,6 +13,15 @@ from pallas_kernels.attention_inputs import (
     index_query,
 )
 from pallas_kernels.block_matmul import block_diagonal_matmul, block_matmul, join_rows
+from pallas_kernels.cached_rows import (
+    CachedRows,
+    QuantKV,
+    decode_rows,
+    empty_rows,
+    encode_rows,
+    read_rows,
+    write_rows,
+)
 from pallas_kernels.compressor import compress
 from pallas_kernels.expert_mlp import ExpertTiles, expert_mlp, prepare_experts
 from pallas_kernels.formats import FORMATS, QuantArray, dequantize, fake_quantize, quantize
@@ -26,8 +35,10 @@ from pallas_kernels.target import Target, current_target
 
 __all__ = [
     "FORMATS",
+    "CachedRows",
     "ExpertTiles",
     "QuantArray",
+    "QuantKV",
     "Target",
     "activation_quant",
     "attention_latents",
@@ -38,7 +49,10 @@ __all__ = [
     "compress",
     "compressed_entries",
     "current_target",
+    "decode_rows",
     "dequantize",
+    "empty_rows",
+    "encode_rows",
     "expert_mlp",
     "fake_quantize",
     "grouped_matmul",
@@ -53,9 +67,11 @@ __all__ = [
     "join_rows",
     "prepare_experts",
     "quantize",
+    "read_rows",
     "route_by_id",
     "route_by_score",
     "sparse_attention",
     "swiglu",
     "swiglu_quant",
+    "write_rows",
 ]

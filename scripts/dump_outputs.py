@@ -33,6 +33,7 @@ from dsv4_jax.mtp import bind_mtp, make_mtp_cache
 from dsv4_jax.nn.rope import rope_frequencies, rotation
 from dsv4_jax.numerics import KVQUANT, PLAIN, Numerics
 from dsv4_jax.sampling import SamplingArrays, SamplingParams
+from pallas_kernels import decode_rows
 
 LISTED_ENTRIES = 12  # of a cache, the newest
 
@@ -184,7 +185,7 @@ def kvquant(loaded: LoadedModel, inputs: dict[str, np.ndarray], numerics: Numeri
 def newest(cache: CompressedCache | None, count: int) -> jax.Array:
     """The last of the first sequence's `count` entries, as many as are listed."""
     assert cache is not None, "the layer's ratio says it has entries"
-    return cache.entries[0, max(0, count - LISTED_ENTRIES) : count]
+    return decode_rows(cache.entries)[0, max(0, count - LISTED_ENTRIES) : count]
 
 
 def ascending(chosen: np.ndarray) -> np.ndarray:

@@ -20,7 +20,6 @@ from pallas_kernels import (
     QuantArray,
     attention_latents,
     attention_query,
-    attention_unrotate,
     sparse_attention,
 )
 
@@ -84,8 +83,9 @@ class Attention(nnx.Module):
             compressed_index,
             self.attn_sink.get_value(),
             softmax_scale=self.config.head_dim**-0.5,
+            turns=turns,
         )
-        return self._project(attention_unrotate(out, *turns)), cache
+        return self._project(out), cache
 
     def latents(
         self, x: Float[Array, "B T M"], turns: Rotation

@@ -16,7 +16,7 @@ from dsv4_jax.model import declare
 from dsv4_jax.nn.attention import Attention
 from dsv4_jax.nn.rope import rope_frequencies, rotation
 from dsv4_jax.numerics import PLAIN
-from pallas_kernels import attention_unrotate, hc_post, index_scores
+from pallas_kernels import attention_unrotate, decode_rows, hc_post, index_scores
 from pallas_kernels.attention_inputs.reference import rotate
 
 CHECKPOINTS = ["tiny-fp4", "tiny-fp8"]
@@ -162,7 +162,7 @@ def attention(golden, ratio: int) -> Outputs:
 
 
 def newest(cache: CompressedCache, count: int, listed: int) -> jax.Array:
-    return cache.entries[0, max(0, count - listed) : count]
+    return decode_rows(cache.entries)[0, max(0, count - listed) : count]
 
 
 def ascending(chosen: jax.Array) -> jax.Array:
