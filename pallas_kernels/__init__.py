@@ -28,6 +28,7 @@ from pallas_kernels.formats import FORMATS, QuantArray, dequantize, fake_quantiz
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.hyper_connection import hc_head, hc_post, hc_post_pre, hc_pre
 from pallas_kernels.indexer import hadamard, index_scores, index_select
+from pallas_kernels.indexer.queries import TiledQueries
 from pallas_kernels.routing import route_by_id, route_by_score
 from pallas_kernels.sparse_attention import sparse_attention
 from pallas_kernels.swiglu import swiglu, swiglu_quant
@@ -40,6 +41,7 @@ __all__ = [
     "QuantArray",
     "QuantKV",
     "Target",
+    "TiledQueries",
     "activation_quant",
     "attention_latents",
     "attention_query",

@@ -155,7 +155,7 @@ def _one_block(config: Config, graphdef, params, streams, ids, cache: LayerCache
     attention, x = block.attn, block.hc_attn.read(streams, block.attn_norm)[0]
     positions = jnp.arange(ids.shape[1])[None]
     turns = rotation(positions, rope_frequencies(config, attention.ratio))
-    q_latent, _ = attention.latents(x, turns)
+    q_latent, *_ = attention.latents(x, turns, after.window, start, length)
     return out, after, attention.choose(attention.projected(x), q_latent, turns, positions, after)
 
 

@@ -63,13 +63,12 @@ class Attention(nnx.Module):
         positions = position[:, None] + jnp.arange(x.shape[1])
         # Layers of one kind turn alike: XLA makes this once for all that are in one program.
         turns = rotation(positions, rope_frequencies(self.config, self.ratio))
-        q_latent, kv = self.latents(x, turns)
+        q_latent, kv, window = self.latents(x, turns, cache.window, position, length)
         projected = self.projected(x)
         q = self.queries(q_latent, turns)
 
-        window_before = cache.window
-        cache = self.remember(kv, projected, position, length, cache)
-        window_kv, window_index = self._window(kv, position, window_before, cache.window)
+        window_kv, window_index = self._window(kv, position, cache.window, window)
+        cache = self.remember(projected, position, length, dataclasses.replace(cache, window=window))
         compressed_kv, compressed_index = None, None
         if cache.compressed is not None:
             compressed_kv = cache.compressed.entries
@@ -88,20 +87,29 @@ class Attention(nnx.Module):
         return self._project(out), cache
 
     def latents(
-        self, x: Float[Array, "B T M"], turns: Rotation
-    ) -> tuple[Float[Array, "B T Q"] | QuantArray, Float[Array, "B T D"]]:
-        """What queries are made of, which the indexer reads too; and key-values as the window keeps them."""
+        self,
+        x: Float[Array, "B T M"],
+        turns: Rotation,
+        window: RecentRows,
+        position: Int32[Array, " B"],
+        length: Int32[Array, " B"],
+    ) -> tuple[Float[Array, "B T Q"] | QuantArray, Float[Array, "B T D"], RecentRows]:
+        """What queries are made of, which the indexer reads too; key-values, and the window with them in it."""
         readers = (self.wq_b, self.indexer.wq_b) if self.ratio == 4 else (self.wq_b,)
         formats = {reader.activation for reader in readers}
-        return attention_latents(
+        q_latent, kv, rows = attention_latents(
             side_by_side(x, self.wq_a, self.wkv),
             self.q_norm.weight.get_value(),
             self.kv_norm.weight.get_value(),
+            window.rows,
+            position,
+            length,
             *turns,
             eps=self.config.rms_norm_eps,
             format=self.numerics.kv,
             activation=formats.pop() if len(formats) == 1 else None,
         )
+        return q_latent, kv, RecentRows(rows)
 
     def projected(self, x: Float[Array, "B T M"]) -> Float32[Array, "B T P"] | None:
         """All that compressor and indexer read of `x`, column by column; None in layers without them."""
@@ -121,14 +129,12 @@ class Attention(nnx.Module):
 
     def remember(
         self,
-        kv: Float[Array, "B T D"],
         projected: Float32[Array, "B T P"] | None,
         position: Int32[Array, " B"],
         length: Int32[Array, " B"],
         cache: LayerCache,
     ) -> LayerCache:
-        """The cache with the new tokens in it."""
-        cache = dataclasses.replace(cache, window=cache.window.write(kv, position, length))
+        """The cache with the new tokens in what is compressed of them."""
         if projected is None or cache.compressed is None:
             return cache
         compressed = self.compressor(projected, 0, position, length, cache.compressed)

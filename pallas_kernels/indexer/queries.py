@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import Array, Float, Float32
 
 GROUP = 32  # channels that a scale of `fp4_group32` is for, and those of one product of Hopper's tensor core
-_HIGHEST = 8  # the exponent that the largest number of a head is brought to: below 2^9, of which 448 is most
-_LOWEST = 8  # of a float32's exponent field; below, a head is not brought up all the way
+HIGHEST = 8  # the exponent that the largest number of a head is brought to: below 2^9, of which 448 is most
+LOWEST = 8  # of a float32's exponent field; below, a head is not brought up all the way
 
 
 @jax.tree_util.register_dataclass
@@ -56,8 +56,8 @@ def tile_queries(
         raise ValueError(f"queries of {channels} channels have no order: not a multiple of {GROUP}")
     wide = q.astype(jnp.float32)
     bits = jax.lax.bitcast_convert_type(jnp.abs(wide).max(-1), jnp.uint32)
-    exponent = jnp.maximum(bits >> 23, _LOWEST)
-    inverse, power = (_power_of_two(each) for each in (127 + _HIGHEST + 127 - exponent, exponent - _HIGHEST))
+    exponent = jnp.maximum(bits >> 23, LOWEST)
+    inverse, power = (_power_of_two(each) for each in (254 + HIGHEST - exponent, exponent - HIGHEST))
     values = (wide * inverse[..., None])[..., channel_order(channels)]
     return TiledQueries(values.astype(jnp.float8_e4m3fn)), weights * power
 

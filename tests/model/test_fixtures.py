@@ -119,9 +119,9 @@ def _prefill_and_steps(attention: Attention, x, whole: LayerCache, stepped: Laye
 def _indexer(attention: Attention, x, cache: LayerCache):
     """Scores of all queries for all entries, and the entries chosen."""
     assert cache.index is not None
-    positions = jnp.arange(x.shape[1])[None]
+    positions, start, length = jnp.arange(x.shape[1])[None], jnp.zeros(1, jnp.int32), jnp.full(1, x.shape[1])
     turns = rotation(positions, rope_frequencies(attention.config, attention.ratio))
-    q_latent, _ = attention.latents(x, turns)
+    q_latent, *_ = attention.latents(x, turns, cache.window, start, length)
     projected = attention.projected(x)
     q, weights = attention.indexer.queries(projected, attention.compressor.columns, q_latent, turns)
     scores = index_scores(q, cache.index.entries, weights)[0]
