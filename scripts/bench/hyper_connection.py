@@ -39,8 +39,7 @@ MODELS = {"flash": FLASH, "pro": PRO}
 COPY_BYTES_PER_S = 4.3e12  # what a plain copy reaches on an H200
 COLD_BYTES = 134e6  # of inputs between two uses of one: twice the L2 cache
 MOST_INPUTS = {"triton": 48, "reference": 2}  # the reference is many kernels, which take long to compile
-PROGRAM_US = 2000  # about how long one program is to run
-MOST_BYTES = 8e9  # of results that a program returns
+ROUND_US, PROGRAM_US = 400, 1500  # about how long a round and one program are to run
 MOST_ERROR = 1e-5  # of post and comb, relative to each number
 MOST_ROUNDED_ERROR = 1e-3  # of what is rounded to bfloat16, relative to all: some go to the other neighbour
 
@@ -163,19 +162,6 @@ class Case:
         count = min(max(MOST_INPUTS.values()), max(2, math.ceil(COLD_BYTES / size_bytes(first))))
         return [first] + [make(jax.random.fold_in(jax.random.key(self.tokens), n)) for n in range(1, count)]
 
-    def calls(self, label: str) -> int:
-        """In a program; a reference's are many kernels."""
-        result = self.op.rows * self.tokens * MODELS[self.model].hidden_size
-        least = 2 if label == "reference" else 4
-        return max(
-            least,
-            min(
-                200 // (40 if label == "reference" else 1),
-                round(PROGRAM_US / (self.floor_us + 6)),
-                int(MOST_BYTES / result),
-            ),
-        )
-
     @property
     def floor_us(self) -> float:
         """Reading what is read and writing what is written, once."""
@@ -211,9 +197,17 @@ class Prepared:
     def right(self) -> bool:
         return self.exact <= MOST_ERROR and self.rounded <= MOST_ROUNDED_ERROR
 
+    @property
+    def passes(self) -> int:
+        """Over the inputs, in a round. A reference is many kernels, which take long to compile."""
+        if self.label == "reference":
+            return 1
+        return max(1, round(ROUND_US / (self.case.floor_us + 6) / len(self.inputs)))
+
     def report(self) -> tuple[dict[str, float], bool]:
-        times = timed(lambda: self.compiled(self.inputs), self.case.calls(self.label))
-        floor = self.case.floor_us
+        floor, calls = self.case.floor_us, self.passes * len(self.inputs)
+        rounds = max(2, round(PROGRAM_US / (floor + 6) / calls))
+        times = timed(lambda: self.compiled(self.inputs, jnp.int32(rounds)), rounds * calls)
         believed = self.right and times["us"] > 0.85 * floor
         what = (
             f"{self.case.id:36} {self.label:24} {times['us']:9.2f} us, sustained {times['us_sustained']:9.2f}"
@@ -226,8 +220,10 @@ class Prepared:
 def prepare(case: Case, label: str, run: Callable[..., Any]) -> Prepared:
     """Compiles and runs once, since PTX is assembled on the first run."""
     inputs = case.inputs[: MOST_INPUTS["reference" if label == "reference" else "triton"]]
-    compiled = repeated(run, case.calls(label)).lower(inputs).compile()
-    return Prepared(case, label, compiled, inputs, *case.errors(compiled(inputs)[0]))
+    prepared = Prepared(case, label, None, inputs, 0.0, 0.0)
+    compiled = repeated(run, prepared.passes).lower(inputs, jnp.int32(1)).compile()
+    exact, rounded = case.errors(compiled(inputs, jnp.int32(1))[0])
+    return dataclasses.replace(prepared, compiled=compiled, exact=exact, rounded=rounded)
 
 
 def variants(case: Case, arguments: argparse.Namespace) -> list[tuple[str, Callable[..., Any]]]:
@@ -297,8 +293,9 @@ def main() -> int:
                 times, believed = prepared.report()
                 wrong += not believed
                 if arguments.profile:
-                    run = functools.partial(prepared.compiled, prepared.inputs)
-                    print_kernel_times(case.id, kernel_times(run, case.calls(label)))
+                    run = functools.partial(prepared.compiled, prepared.inputs, jnp.int32(1))
+                    calls = prepared.passes * len(prepared.inputs)
+                    print_kernel_times(case.id, kernel_times(run, calls))
                 if believed and not arguments.tune:
                     row = {"id": case.id, "implementation": label} | times
                     error = max(prepared.exact, prepared.rounded)

@@ -29,6 +29,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 
 from harness import facts, repeated, save, timed
+from profile_kernels import kernel_times
 from small_ops import COLD_BYTES, COPY_BYTES_PER_S, size_bytes
 
 from dsv4_jax.config import FLASH
@@ -39,8 +40,7 @@ from pallas_kernels.indexer.top_k import index_top_k
 
 BF16_FLOP_PER_S, FP8_FLOP_PER_S = 8.04e14, 1.48e15
 HEADS, CHANNELS, CHOSEN = FLASH.index_n_heads, FLASH.index_head_dim, FLASH.index_topk
-PROGRAM_US = 1500  # about how long one program is to run
-MOST_BYTES = 4e9  # of results that a program returns
+ROUND_US, PROGRAM_US = 400, 1500  # about how long a round and one program are to run
 CHECKED = 4  # queries whose scores are checked
 
 # Tried by --tune. Scores by Mosaic: fields of Config; top-k: entries of a part, warps.
@@ -99,7 +99,8 @@ class Case:
     def inputs(self) -> list[Any]:
         make = jax.jit(self._made_up)
         first = make(jax.random.key(0, impl="rbg"))
-        copies = min(24, max(2, math.ceil(COLD_BYTES / size_bytes(first))))
+        result = 4 * self.batch * self.tokens * (CHOSEN if self.kind == "top-k" else self.entries)
+        copies = min(24, max(2, math.ceil(COLD_BYTES / (size_bytes(first) + result))))
         return [first] + [make(jax.random.key(n, impl="rbg")) for n in range(1, copies)]
 
     def _made_up(self, key: jax.Array) -> tuple[Any, ...]:
@@ -117,10 +118,13 @@ class Case:
         return q, quantize(numbers, "fp4_group32"), weights
 
     @property
-    def calls(self) -> int:
-        """In a program."""
-        result = 4 * self.batch * self.tokens * (CHOSEN if self.kind == "top-k" else self.entries)
-        return max(2, min(300, round(PROGRAM_US / (self.floor_us + 3)), int(MOST_BYTES / result)))
+    def passes(self) -> int:
+        """Over the inputs, in a round."""
+        return max(1, round(ROUND_US / (self.floor_us + 4) / len(self.inputs)))
+
+    @property
+    def rounds(self) -> int:
+        return max(2, round(PROGRAM_US / (self.floor_us + 4) / len(self.inputs) / self.passes))
 
     def run(self, candidate: tuple[int, ...] = ()) -> Callable[..., jax.Array]:
         """The op, cut as the candidate says; as the kernels choose without one."""
@@ -196,14 +200,22 @@ class Prepared:
         return self.error <= (0.0 if self.case.kind == "top-k" else 1e-3)
 
     def times(self) -> dict[str, float]:
-        return timed(lambda: self.compiled(self.case.inputs), self.case.calls)
+        inputs, rounds = self.case.inputs, jnp.int32(self.case.rounds)
+        calls = self.case.rounds * self.case.passes * len(inputs)
+        return timed(lambda: self.compiled(inputs, rounds), calls)
+
+    def kernel_us(self) -> float:
+        """What the kernels of a call take, by the profiler, without what lies between them."""
+        inputs = self.case.inputs
+        times = kernel_times(lambda: self.compiled(inputs, jnp.int32(1)), self.case.passes * len(inputs))
+        return sum(us for _, us in times.values())
 
 
 def prepare(case: Case, candidate: tuple[int, ...]) -> Prepared:
     """Compiles and runs once, since a kernel's PTX is assembled on its first run."""
     error, traded = case.error(jax.jit(case.run(candidate))(*case.inputs[0]))
-    compiled = repeated(case.run(candidate), case.calls).lower(case.inputs).compile()
-    jax.block_until_ready(compiled(case.inputs))
+    compiled = repeated(case.run(candidate), case.passes).lower(case.inputs, jnp.int32(1)).compile()
+    jax.block_until_ready(compiled(case.inputs, jnp.int32(1)))
     return Prepared(case, compiled, error, traded)
 
 
@@ -214,6 +226,7 @@ def main() -> int:
     )
     parser.add_argument("--cases", nargs="*", default=[""], help="those whose name contains one of these")
     parser.add_argument("--tune", action="store_true", help="time candidates too; saves no row of them")
+    parser.add_argument("--profile", action="store_true", help="print what the kernels take alone, too")
     parser.add_argument("--seconds", type=float, default=60, help="time nothing new after so long")
     parser.add_argument("--results", type=Path, help="JSON file to add rows to")
     arguments = parser.parse_args()
@@ -250,6 +263,8 @@ def main() -> int:
             believed = prepared.right and times["us"] > 0.85 * case.floor_us
             wrong += not believed
             said = f"{times['us']:.2f} us, sustained {times['us_sustained']:.2f}, floor {case.floor_us:.2f}"
+            if arguments.profile:
+                said += f", kernels {prepared.kernel_us():.2f}"
             doubt = "" if believed else "  NOT BELIEVED"
             print(f"{label}: {said}, error {prepared.error:.1e}{prepared.traded}{doubt}", flush=True)
             if arguments.results and believed and not candidate:
