@@ -53,7 +53,7 @@ class Indexer(nnx.Module):
         q_latent: Float[Array, "B T Q"] | QuantArray,
         turns: Rotation,
         positions: Int32[Array, "B T"],
-        keys: Float[Array, "B S J"],
+        keys: Float[Array, "B S J"] | QuantArray,
     ) -> Int32[Array, "B T K"]:
         """Entries each query attends to, -1 where fewer are visible."""
         visible = (positions + 1) // self.ratio  # an entry that closes at a position is seen from there

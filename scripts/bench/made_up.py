@@ -15,17 +15,22 @@ from pallas_kernels import QuantArray, current_target
 from pallas_kernels.formats import E8M0_BIAS
 
 
-def made_up_params(config: Config, seed: int = 0, *, mtp: bool = False) -> tuple[Params, Params | None]:
+def made_up_params(
+    config: Config, seed: int = 0, *, mtp: bool = False, within: tuple[Any, ...] = (), laid_out: bool = True
+) -> tuple[Params, Params | None]:
     """Parameters of the model, and of its MTP head; None unless `mtp`.
 
-    They keep activations in range: linears ~ N(0, 1 / columns). Experts lie as `checkpoint.load` lays them
-    out for this device.
+    They keep activations in range: linears ~ N(0, 1 / columns). Only those whose path begins with `within` are
+    made. With `laid_out` they lie as `checkpoint.load` lays them out for this device.
     """
     key = jax.random.key(seed, impl="rbg")  # threefry would take minutes for a hundred gigabytes
     leaves = {}
     for parameter in parameters(config, mtp=mtp):
+        if parameter.path[: len(within)] != within:
+            continue
         leaves[parameter.path] = _numbers(parameter, config, key)
-        lay_out(leaves, parameter.path, current_target())
+        if laid_out:
+            lay_out(leaves, parameter.path, current_target())
     params = nest(leaves)
     heads = params.pop("mtp", None)
     return params, heads and heads[0]
