@@ -3,9 +3,9 @@
 
 A CSA layer at full width, with made-up weights, reads texts of growing length in pieces, its caches in FP8
 and FP4. At 10, 50 and 90% of a text, and at its end, the heads' results of one token are held against an
-oracle, as a decode step gives them and as the first token of the next piece. The oracle keeps no cache and reads no
-pieces: from the whole text it makes every entry and every index key anew, in float32 and rounded where the
-model rounds; it scores all of them, takes the best, and attends with one dense softmax.
+oracle, as a decode step gives them and as the first token of the next piece. The oracle keeps no cache and
+reads no pieces: from the whole text it makes every entry and every index key anew, in float32 and rounded
+where the model rounds; it scores all of them, takes the best, and attends with one dense softmax.
 
   error      of the results, relative to the oracle's, where both attend to what the layer chose
   in common  chosen entries that the oracle would choose too: rounding decides between about equal ones
@@ -168,7 +168,7 @@ def _transformed(x: jax.Array) -> jax.Array:
     return fake_quantize(_rounded(x * size**-0.5), "fp4_group32")
 
 
-def _pooled(config: Config, params: Any, x: jax.Array, position: jax.Array, first: int) -> jax.Array:
+def _pooled(config: Config, params: Any, x: jax.Array, position: jax.Array, first: jax.Array) -> jax.Array:
     """[entries, head_dim] of the tokens x, which stand from `first` on, a window before the first entry."""
     kv, score = (_product(x, params[name]["weight"]) for name in ("wkv", "wgate"))
     windows = len(x) // RATIO
