@@ -16,15 +16,23 @@ from jaxtyping import Array, Bool, Float, Int32
 from dsv4_jax.config import Config
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.sharding import constrain
-from pallas_kernels import CachedRows, empty_rows, read_rows, write_rows
+from pallas_kernels import (
+    CachedRows,
+    IndexKeys,
+    KeyValues,
+    empty_index_keys,
+    empty_kv,
+    read_rows,
+    write_rows,
+)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class RecentRows:
+class RecentRows[Rows: KeyValues]:
     """The last rows of each sequence, one per token; the row of position p is in slot p mod slots."""
 
-    rows: CachedRows  # [batch, slots, channels]
+    rows: Rows  # [batch, slots, channels]
 
     def before(self, position: Int32[Array, " batch"], count: int) -> Float[Array, "batch count channels"]:
         """Numbers of the `count` positions before `position`, oldest first; meaningless before the start."""
@@ -45,15 +53,15 @@ class RecentRows:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class CompressedCache:
+class CompressedCache[Rows: CachedRows]:
     """Compressed entries of a layer, and the raw rows from which the entry under way is pooled.
 
     Entry i covers positions i * ratio to i * ratio + ratio - 1; it counts once its last token is there.
     """
 
-    entries: CachedRows  # [batch, slots, head_dim]
-    kv: RecentRows  # float32, before pooling
-    score: RecentRows  # float32, with ape
+    entries: Rows  # [batch, slots, head_dim]
+    kv: RecentRows[jax.Array]  # float32, before pooling
+    score: RecentRows[jax.Array]  # float32, with ape
 
     def write(
         self,
@@ -70,36 +78,36 @@ class CompressedCache:
 class LayerCache:
     """All that one layer remembers: a window, and by kind of layer compressed entries and index keys."""
 
-    window: RecentRows
-    compressed: CompressedCache | None = None
-    index: CompressedCache | None = None
+    window: RecentRows[KeyValues]
+    compressed: CompressedCache[KeyValues] | None = None
+    index: CompressedCache[IndexKeys] | None = None
 
     @classmethod
     def zeros(
         cls, config: Config, numerics: Numerics, ratio: int, *, batch: int, max_len: int, max_draft: int
     ) -> Self:
         """An empty cache for sequences of up to `max_len` tokens."""
-        dtype, rotated = jnp.dtype(numerics.dtype), config.qk_rope_head_dim
+        dtype = jnp.dtype(numerics.dtype)
 
-        def rows(slots: int, width: int, format: str | None, dtype=dtype) -> CachedRows:
-            empty = empty_rows(batch, slots, width, format, rotated, dtype)
-            return jax.tree.map(lambda leaf: constrain(leaf, "batch", "cache_slots", "head_dim"), empty)
+        def kv_rows(slots: int) -> KeyValues:
+            sizes = slots, config.head_dim, numerics.kv, config.qk_rope_head_dim
+            return _placed(empty_kv(batch, *sizes, dtype))
 
-        def compressed(width: int, format: str | None) -> CompressedCache:
+        def compressed[Rows: CachedRows](entries: Rows, width: int) -> CompressedCache[Rows]:
             # Overlapping windows have channels of their own for the first and the second time they are seen.
             times = 2 if ratio == 4 else 1
-            raw = [
-                RecentRows(rows(times * ratio + max_draft, times * width, None, jnp.float32))
-                for _ in range(2)
-            ]
-            return CompressedCache(rows(-(-max_len // ratio), width, format), *raw)
+            shape = batch, times * ratio + max_draft, times * width
+            kv, score = (RecentRows(_placed(jnp.zeros(shape, jnp.float32))) for _ in range(2))
+            return CompressedCache(entries, kv, score)
 
-        window = RecentRows(rows(config.sliding_window + max_draft, config.head_dim, numerics.kv))
-        return cls(
-            window,
-            compressed(config.head_dim, numerics.kv) if ratio else None,
-            compressed(config.index_head_dim, numerics.index) if ratio == 4 else None,
-        )
+        window, slots = RecentRows(kv_rows(config.sliding_window + max_draft)), -(-max_len // max(ratio, 1))
+        if ratio == 0:
+            return cls(window)
+        entries = compressed(kv_rows(slots), config.head_dim)
+        if ratio != 4:
+            return cls(window, entries)
+        keys = _placed(empty_index_keys(batch, slots, config.index_head_dim, numerics.index, dtype))
+        return cls(window, entries, compressed(keys, config.index_head_dim))
 
 
 Cache = tuple[LayerCache, ...]
@@ -123,7 +131,7 @@ def plan_bytes(
 ) -> dict[str, int]:
     """Bytes of what `make_cache` makes, by what it keeps: "window", "entries", "index keys", "raw rows"."""
     sizes = {"batch": batch, "max_len": max_len, "max_draft": max_draft}
-    plan = dict.fromkeys(("window", "entries", "index keys", "raw rows"), 0)
+    plan = {"window": 0, "entries": 0, "index keys": 0, "raw rows": 0}
     for layer in jax.eval_shape(lambda: make_cache(config, numerics, **sizes)):
         plan["window"] += _nbytes(layer.window)
         for what, kept in (("entries", layer.compressed), ("index keys", layer.index)):
@@ -131,6 +139,10 @@ def plan_bytes(
                 plan[what] += _nbytes(kept.entries)
                 plan["raw rows"] += _nbytes((kept.kv, kept.score))
     return plan
+
+
+def _placed[Rows: CachedRows](rows: Rows) -> Rows:
+    return jax.tree.map(lambda leaf: constrain(leaf, "batch", "cache_slots", "head_dim"), rows)
 
 
 def _nbytes(tree) -> int:

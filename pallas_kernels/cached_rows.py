@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.formats import FORMATS, QuantArray, dequantize, quantize, storage_shapes
 
-_NOPE_FORMAT = "fp8_block64"
+KV_FORMAT, INDEX_FORMAT = "fp8_block64", "fp4_group32"
 _SCALES_PER_WORD = 8  # so that the scales of a row are whole words; those beyond the last block are 0
 
 
@@ -57,38 +57,55 @@ class QuantKV:
         return self.rope.dtype
 
 
-CachedRows = jax.Array | QuantArray | QuantKV
+KeyValues = jax.Array | QuantKV
+IndexKeys = jax.Array | QuantArray
+CachedRows = KeyValues | IndexKeys
 
 
-def empty_rows(batch: int, slots: int, width: int, format: str | None, rotated: int, dtype) -> CachedRows:
-    """Zeros, kept in `format`: "fp8_block64" makes a QuantKV of `rotated` plain columns, None an array.
+def empty_kv(batch: int, slots: int, width: int, format: str | None, rotated: int, dtype) -> KeyValues:
+    """Zeros: a QuantKV whose last `rotated` columns are plain, or with `format` None an array.
 
     Raises:
-      ValueError: rows are not kept in such a format.
+      ValueError: keys and values are not kept in such a format.
     """
     if format is None:
         return jnp.zeros((batch, slots, width), dtype)
-    if format == _NOPE_FORMAT:
-        nope, blocks = width - rotated, -(-(width - rotated) // FORMATS[format].block[1])
-        return QuantKV(
-            jnp.zeros((batch, slots, nope), jnp.float8_e4m3fn),
-            jnp.zeros((batch, slots, _padded(blocks)), jnp.uint8),
-            jnp.zeros((batch, slots, rotated), dtype),
-        )
-    if FORMATS[format].block[0] != 1 or FORMATS[format].packed != 2:
-        raise ValueError(f"rows of a cache are not kept in {format}, but in {_NOPE_FORMAT} or fp4_group32")
+    if format != KV_FORMAT:
+        raise ValueError(f"keys and values are kept in {KV_FORMAT}, not in {format}")
+    nope, blocks = width - rotated, -(-(width - rotated) // FORMATS[format].block[1])
+    return QuantKV(
+        jnp.zeros((batch, slots, nope), jnp.float8_e4m3fn),
+        jnp.zeros((batch, slots, -(-blocks // _SCALES_PER_WORD) * _SCALES_PER_WORD), jnp.uint8),
+        jnp.zeros((batch, slots, rotated), dtype),
+    )
+
+
+def empty_index_keys(batch: int, slots: int, width: int, format: str | None, dtype) -> IndexKeys:
+    """Zeros: a QuantArray, or with `format` None an array.
+
+    Raises:
+      ValueError: keys of the index are not kept in such a format.
+    """
+    if format is None:
+        return jnp.zeros((batch, slots, width), dtype)
+    if format != INDEX_FORMAT:
+        raise ValueError(f"keys of the index are kept in {INDEX_FORMAT}, not in {format}")
     values, scale = (jnp.zeros(shape, jnp.uint8) for shape in storage_shapes((batch, slots, width), format))
     return QuantArray(values, scale, format)
 
 
-def encode_rows(rows: Float[Array, "... D"], like: CachedRows) -> CachedRows:
+def encode_rows[Rows: CachedRows](rows: Float[Array, "... D"], like: Rows) -> Rows:
     """`rows` in the form of `like`."""
+    return cast(Rows, _encoded(rows, like))
+
+
+def _encoded(rows: jax.Array, like: CachedRows) -> CachedRows:
     if isinstance(like, QuantArray):
         return quantize(rows, like.format)
     if not isinstance(like, QuantKV):
         return rows.astype(like.dtype)
     nope, rope = jnp.split(rows, [like.nope.shape[-1]], axis=-1)
-    encoded = quantize(nope, _NOPE_FORMAT)
+    encoded = quantize(nope, KV_FORMAT)
     padding = [(0, 0)] * (rows.ndim - 1) + [(0, like.scale.shape[-1] - encoded.scale.shape[-1])]
     return QuantKV(encoded.values, jnp.pad(encoded.scale, padding), rope.astype(like.dtype))
 
@@ -100,8 +117,8 @@ def decode_rows(rows: CachedRows, dtype=None) -> Float[Array, "... D"]:
     dtype = dtype or rows.dtype
     if not isinstance(rows, QuantKV):
         return rows.astype(dtype)
-    blocks = -(-rows.nope.shape[-1] // FORMATS[_NOPE_FORMAT].block[1])
-    nope = dequantize(QuantArray(rows.nope, rows.scale[..., :blocks], _NOPE_FORMAT), dtype)
+    blocks = -(-rows.nope.shape[-1] // FORMATS[KV_FORMAT].block[1])
+    nope = dequantize(QuantArray(rows.nope, rows.scale[..., :blocks], KV_FORMAT), dtype)
     return jnp.concatenate([nope, rows.rope.astype(dtype)], axis=-1)
 
 
@@ -115,9 +132,9 @@ def read_rows(rows: CachedRows, index: Int32[Array, "B K"], dtype=None) -> Float
     return decode_rows(jax.tree.map(taken, rows), dtype)
 
 
-def write_rows(
-    into: CachedRows, rows: Float[Array, "B N D"], slot: Int32[Array, "B N"], keep: Bool[Array, "B N"]
-) -> CachedRows:
+def write_rows[Rows: CachedRows](
+    into: Rows, rows: Float[Array, "B N D"], slot: Int32[Array, "B N"], keep: Bool[Array, "B N"]
+) -> Rows:
     """Row (b, n) to slot (b, n) where it is to be kept; a slot past the end is dropped."""
     slot = jnp.where(keep, slot, into.shape[1])
     batch = jnp.arange(into.shape[0])[:, None]
@@ -125,8 +142,4 @@ def write_rows(
     def written(leaf: jax.Array, new: jax.Array) -> jax.Array:
         return leaf.at[batch, slot].set(new, mode="drop")
 
-    return cast(CachedRows, jax.tree.map(written, into, encode_rows(rows, into)))
-
-
-def _padded(blocks: int) -> int:
-    return -(-blocks // _SCALES_PER_WORD) * _SCALES_PER_WORD
+    return jax.tree.map(written, into, encode_rows(rows, into))

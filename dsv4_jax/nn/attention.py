@@ -18,10 +18,12 @@ from dsv4_jax.numerics import Numerics
 from dsv4_jax.sharding import constrain
 from pallas_kernels import (
     QuantArray,
+    QuantKV,
     attention_latents,
     attention_query,
     sparse_attention,
 )
+from pallas_kernels.debug import check
 
 
 class Attention(nnx.Module):
@@ -60,6 +62,17 @@ class Attention(nnx.Module):
         cache: LayerCache,
     ) -> tuple[Float[Array, "B T M"], LayerCache]:
         """Attends from `length` new tokens, which stand from `position` on, to all before and themselves."""
+        out, cache = self.attend(x, position, length, cache)
+        return self._project(out), cache
+
+    def attend(
+        self,
+        x: Float[Array, "B T M"],
+        position: Int32[Array, " B"],
+        length: Int32[Array, " B"],
+        cache: LayerCache,
+    ) -> tuple[Float[Array, "B T H D"], LayerCache]:
+        """`__call__` before the heads' results are projected."""
         positions = position[:, None] + jnp.arange(x.shape[1])
         # Layers of one kind turn alike: XLA makes this once for all that are in one program.
         turns = rotation(positions, rope_frequencies(self.config, self.ratio))
@@ -84,7 +97,7 @@ class Attention(nnx.Module):
             softmax_scale=self.config.head_dim**-0.5,
             turns=turns,
         )
-        return self._project(out), cache
+        return out, cache
 
     def latents(
         self,
@@ -137,6 +150,8 @@ class Attention(nnx.Module):
         """The cache with the new tokens in what is compressed of them."""
         if projected is None or cache.compressed is None:
             return cache
+        room, end = cache.compressed.entries.shape[1] * self.ratio, position + length
+        check("the cache", (position >= 0) & (end <= room), f"holds {room} tokens of a sequence, given", end)
         compressed = self.compressor(projected, 0, position, length, cache.compressed)
         cache = dataclasses.replace(cache, compressed=compressed)
         if cache.index is not None:
@@ -163,7 +178,7 @@ class Attention(nnx.Module):
 
     def _window(
         self, kv: Float[Array, "B T D"], position: Int32[Array, " B"], before: RecentRows, after: RecentRows
-    ) -> tuple[Float[Array, "B R D"], Int32[Array, "B T W"]]:
+    ) -> tuple[Float[Array, "B R D"] | QuantKV, Int32[Array, "B T W"]]:
         """Recent and new key-values, and the rows that each query sees of them, in text order.
 
         `before` and `after` are the window without and with the new rows.

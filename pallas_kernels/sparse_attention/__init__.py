@@ -4,10 +4,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
-from pallas_kernels.cached_rows import CachedRows, QuantKV, decode_rows
+from pallas_kernels.cached_rows import KeyValues, QuantKV, decode_rows
 from pallas_kernels.debug import check
 from pallas_kernels.dispatch import Implementation, select
-from pallas_kernels.formats import QuantArray
 from pallas_kernels.sparse_attention import reference
 from pallas_kernels.target import Target
 
@@ -34,7 +33,7 @@ def _run_triton(q, window_kv, window_index, compressed_kv, *others):
     return triton.sparse_attention(q, window_kv, window_index, compressed_kv, *others)
 
 
-def _alike(window_kv: CachedRows, compressed_kv: CachedRows | None) -> tuple[CachedRows, CachedRows | None]:
+def _alike(window_kv: KeyValues, compressed_kv: KeyValues | None) -> tuple[KeyValues, KeyValues | None]:
     """Both in one form, as kernels take them: where one is plain, as for a prompt's own window, both are."""
     if compressed_kv is None or isinstance(window_kv, QuantKV) == isinstance(compressed_kv, QuantKV):
         return window_kv, compressed_kv
@@ -69,10 +68,10 @@ def _triton_fits(
     )
 
 
-def _pieces_fit(kv: CachedRows) -> bool:
+def _pieces_fit(kv: KeyValues) -> bool:
     """Whether channels are the half, the quarter and so on of a power of two, down to the rotated ones."""
     if not isinstance(kv, QuantKV):
-        return not isinstance(kv, QuantArray)
+        return True
     rotated, channels = kv.rope.shape[-1], kv.shape[-1]
     return rotated in (16, 32, 64, 128) and channels > rotated and channels & (channels - 1) == 0
 
@@ -129,7 +128,7 @@ def sparse_attention(
     return select(IMPLEMENTATIONS, implementation, *arguments)
 
 
-def _check(name: str, index: jax.Array, kv: CachedRows) -> None:
+def _check(name: str, index: jax.Array, kv: KeyValues) -> None:
     rows = kv.shape[1]
     check(
         "sparse_attention",

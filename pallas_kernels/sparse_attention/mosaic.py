@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.cached_rows import CachedRows, QuantKV
-from pallas_kernels.formats import QuantArray
+from pallas_kernels.cached_rows import KeyValues, QuantKV
 from pallas_kernels.sparse_attention import mosaic_kernel
 from pallas_kernels.sparse_attention.mosaic_config import (
     CHANNELS,
@@ -29,9 +28,9 @@ Turns = tuple[jax.Array, jax.Array] | None
 def fits(
     target: Target,
     q: jax.Array,
-    window_kv: CachedRows,
+    window_kv: KeyValues,
     window_index: jax.Array,
-    compressed_kv: CachedRows | None,
+    compressed_kv: KeyValues | None,
     compressed_index: jax.Array | None,
     attn_sink: jax.Array,
     turns: Turns,
@@ -56,16 +55,16 @@ def fits(
     )
 
 
-def _takes(kv: CachedRows) -> bool:
-    return kv.nope.shape[-1] == NOPE if isinstance(kv, QuantKV) else not isinstance(kv, QuantArray)
+def _takes(kv: KeyValues) -> bool:
+    return not isinstance(kv, QuantKV) or kv.nope.shape[-1] == NOPE
 
 
 @functools.partial(jax.jit, static_argnames=("softmax_scale", "config", "interpret"))
 def sparse_attention(
     q: jax.Array,
-    window_kv: CachedRows,
+    window_kv: KeyValues,
     window_index: jax.Array,
-    compressed_kv: CachedRows | None,
+    compressed_kv: KeyValues | None,
     compressed_index: jax.Array | None,
     attn_sink: jax.Array,
     turns: Turns,

@@ -78,8 +78,8 @@ class Sizes(NamedTuple):
 
     @property
     def registers(self) -> tuple[int, int]:
-        """Of a thread that gathers, and of one that attends: 128 and 256 share 64 Ki, 168 each at first."""
-        return (96, 208) if self.codes else (40, 232)
+        """Of a thread that gathers, and of one that attends: 128 and 256 share the 168 each had at first."""
+        return (104, 200) if self.codes else (40, 232)
 
 
 def config_for(sizes: Sizes) -> Config:

@@ -183,6 +183,8 @@ def kernel(sizes: Sizes, config: Config, scale: float, *refs: Any) -> None:
                 return rows
 
             lax.fori_loop(0, count, one_pair, ptx.rows(sizes, lists, item.query, first))
+            if config.cluster:
+                ptx.meet()  # all threads have to
 
         # Leave when all is done: the interpreter wants every phase of a barrier seen.
         plgpu.barrier_wait(used)

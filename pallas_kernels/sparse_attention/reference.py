@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.attention_inputs.reference import rotate
-from pallas_kernels.cached_rows import CachedRows, read_rows
+from pallas_kernels.cached_rows import KeyValues, read_rows
 
 # Gathered keys of all queries at once would not fit for long prompts.
 QUERIES_AT_ONCE = 64
@@ -12,9 +12,9 @@ QUERIES_AT_ONCE = 64
 
 def sparse_attention(
     q: jax.Array,
-    window_kv: CachedRows,
+    window_kv: KeyValues,
     window_index: jax.Array,
-    compressed_kv: CachedRows | None,
+    compressed_kv: KeyValues | None,
     compressed_index: jax.Array | None,
     attn_sink: jax.Array,
     turns: tuple[jax.Array, jax.Array] | None,

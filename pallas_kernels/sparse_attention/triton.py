@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from pallas_kernels.attention_inputs.parts_triton import rotated
-from pallas_kernels.cached_rows import CachedRows, QuantKV
+from pallas_kernels.cached_rows import KeyValues, QuantKV
 from pallas_kernels.sparse_attention.tilings import Tiling, tiling_for
 from pallas_kernels.target import current_target
 from pallas_kernels.triton_call import triton_call
@@ -352,9 +352,9 @@ Turns = tuple[jax.Array, jax.Array] | None
 
 def sparse_attention(
     q: jax.Array,
-    window_kv: CachedRows,
+    window_kv: KeyValues,
     window_index: jax.Array,
-    compressed_kv: CachedRows | None,
+    compressed_kv: KeyValues | None,
     compressed_index: jax.Array | None,
     attn_sink: jax.Array,
     turns: Turns,
@@ -409,7 +409,7 @@ def _turns_of(turns: Turns, unused: jax.Array) -> tuple[jax.Array, jax.Array, in
     return (unused, unused, 0) if turns is None else (*turns, turns[0].shape[-1])
 
 
-def _arrays(kv: CachedRows) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _arrays(kv: KeyValues) -> tuple[jax.Array, jax.Array, jax.Array]:
     """What the kernels take of it; sm_80 knows bytes, but no FP8."""
     if isinstance(kv, QuantKV):
         return jax.lax.bitcast_convert_type(kv.nope, jnp.uint8), kv.scale, kv.rope

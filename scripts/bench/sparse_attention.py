@@ -34,7 +34,7 @@ from expert_mlp import program, relative_error
 from harness import facts, save, timed
 from profile_kernels import kernel_times, print_kernel_times
 
-from pallas_kernels import CachedRows, current_target, empty_rows, encode_rows
+from pallas_kernels import KeyValues, current_target, empty_kv, encode_rows
 from pallas_kernels.sparse_attention import mosaic, reference, triton
 from pallas_kernels.sparse_attention.mosaic_config import HEADS, PAIRS, Config, Sizes, config_for
 from pallas_kernels.sparse_attention.tilings import Tiling, tiling_for
@@ -70,7 +70,7 @@ CONFIGS = {
 
 Variant = Tiling | Config  # of the Triton kernels, of Mosaic's
 Request = tuple[jax.Array, jax.Array, jax.Array]  # q, window_index, compressed_index
-Cache = tuple[CachedRows, CachedRows, jax.Array, Any]  # window_kv, compressed_kv, attn_sink, turns or None
+Cache = tuple[KeyValues, KeyValues, jax.Array, Any]  # window_kv, compressed_kv, attn_sink, turns or None
 
 
 @dataclasses.dataclass(eq=False)
@@ -120,10 +120,10 @@ class Case:
         keys = jax.random.split(jax.random.key(self.queries, impl="rbg"), 4)
 
         @functools.partial(jax.jit, static_argnums=1)
-        def made_up(key: jax.Array, slots: int) -> CachedRows:
+        def made_up(key: jax.Array, slots: int) -> KeyValues:
             format, dtype = "fp8_block64" if self.form == "fp8" else None, jnp.bfloat16
             numbers = jax.random.normal(key, (self.batch, slots, CHANNELS), dtype)
-            return encode_rows(numbers, empty_rows(self.batch, slots, CHANNELS, format, 2 * PAIRS, dtype))
+            return encode_rows(numbers, empty_kv(self.batch, slots, CHANNELS, format, 2 * PAIRS, dtype))
 
         angles = jax.random.uniform(keys[3], (self.batch, self.tokens, PAIRS), maxval=1e4)
         turns = (jnp.cos(angles), jnp.sin(angles)) if self.turned else None
@@ -294,7 +294,7 @@ def main() -> int:
                 wrong += not right
                 doubt = "" if right and us > 0.85 * case.floor_us else "  NOT BELIEVED"
                 print(
-                    f"{what} {us:8.2f} us, sustained {times['us_sustained']:8.2f}, floor {case.floor_us:7.2f},"
+                    f"{what} {us:8.2f} us, sustained {times['us_sustained']:8.2f}, floor {case.floor_us:7.2f}"
                     f" error {error:.1e} {off:.1e}{doubt}",
                     flush=True,
                 )

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import empty_rows, encode_rows
+from pallas_kernels import empty_kv, encode_rows
 from pallas_kernels.sparse_attention import reference
 
 F32, BF16, I32 = jnp.float32, jnp.bfloat16, jnp.int32
@@ -39,7 +39,7 @@ def shapes(
 
     def kv(slots):
         format = "fp8_block64" if codes else None
-        return jax.eval_shape(lambda: empty_rows(batch, slots, channels, format, 2 * pairs, dtype))
+        return jax.eval_shape(lambda: empty_kv(batch, slots, channels, format, 2 * pairs, dtype))
 
     compressed = (None, None)
     if entries:

@@ -5,7 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import decode_rows, empty_rows, encode_rows, fake_quantize, read_rows, write_rows
+from pallas_kernels import (
+    decode_rows,
+    empty_index_keys,
+    empty_kv,
+    encode_rows,
+    fake_quantize,
+    read_rows,
+    write_rows,
+)
 from pallas_kernels.formats import e8m0_decode
 
 KV, INDEX = "fp8_block64", "fp4_group32"
@@ -27,9 +35,15 @@ def simulated(x: jax.Array, format: str) -> jax.Array:
     return jnp.concatenate([fake_quantize(nope, format), rope], axis=-1)
 
 
+def empty(batch: int, slots: int, width: int, format: str | None, dtype):
+    if format == INDEX:
+        return empty_index_keys(batch, slots, width, format, dtype)
+    return empty_kv(batch, slots, width, format, ROTATED, dtype)
+
+
 def kept(x: jax.Array, format: str | None):
     *_, slots, width = x.shape
-    return encode_rows(x, empty_rows(1, slots, width, format, ROTATED, x.dtype))
+    return encode_rows(x, empty(1, slots, width, format, x.dtype))
 
 
 def bits(x: jax.Array) -> np.ndarray:
@@ -53,7 +67,7 @@ def test_other_numbers_are_kept_as_the_format_rounds_them(format, width):
 
 def test_a_key_value_takes_584_bytes_and_an_index_key_68():
     for format, width, nbytes in ((KV, 512, 584), (INDEX, 128, 68)):
-        leaves = jax.tree.leaves(empty_rows(1, 1, width, format, ROTATED, jnp.bfloat16))
+        leaves = jax.tree.leaves(empty(1, 1, width, format, jnp.bfloat16))
 
         assert sum(leaf.nbytes for leaf in leaves) == nbytes
 
@@ -70,7 +84,7 @@ def test_scales_are_exponents_and_the_last_byte_pads():
 
 @pytest.mark.parametrize("format", [None, KV, INDEX], ids=["numbers", KV, INDEX])
 def test_what_nobody_wrote_reads_as_zero(format):
-    rows = empty_rows(2, 3, 128, format, ROTATED, jnp.float32)
+    rows = empty(2, 3, 128, format, jnp.float32)
 
     assert rows.shape == (2, 3, 128)
     assert not decode_rows(rows).any()
@@ -85,7 +99,7 @@ def test_rows_are_written_where_they_are_to_be_kept_and_nowhere_else(format):
     slot = jnp.array([[4, 0, 2, 9], [5, 1, 3, 0]])
     keep = jnp.array([[True, True, False, True], [False, True, True, True]])
 
-    rows = write_rows(empty_rows(2, 5, width, format, ROTATED, jnp.float32), x, slot, keep)
+    rows = write_rows(empty(2, 5, width, format, jnp.float32), x, slot, keep)
 
     expected = np.zeros((2, 5, width), np.float32)
     expected[0, 4], expected[0, 0] = x[0, 0], x[0, 1]
@@ -101,6 +115,8 @@ def test_an_index_outside_reads_the_nearest_row():
     np.testing.assert_array_equal(found[0, :, 0], [0, 256, 256, 256])
 
 
-def test_rows_are_not_kept_in_formats_of_weights():
-    with pytest.raises(ValueError, match="fp8_block128"):
-        empty_rows(1, 4, 128, "fp8_block128", ROTATED, jnp.float32)
+def test_each_kind_of_row_has_its_format():
+    with pytest.raises(ValueError, match="in fp8_block64, not in fp4_group32"):
+        empty_kv(1, 4, 128, INDEX, ROTATED, jnp.float32)
+    with pytest.raises(ValueError, match="in fp4_group32, not in fp8_block64"):
+        empty_index_keys(1, 4, 128, KV, jnp.float32)
