@@ -30,8 +30,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from expert_mlp import program, relative_error
-from harness import facts, save, timed
+from expert_mlp import relative_error
+from harness import facts, repeated, save, timed
 from profile_kernels import kernel_times, print_kernel_times
 
 from pallas_kernels import KeyValues, current_target, empty_kv, encode_rows
@@ -46,8 +46,7 @@ ENTRIES = 4096  # of a prompt: those of 16k tokens
 COPY_BYTES_PER_S = 4.3e12  # what a plain copy reaches on an H200
 BF16_FLOP_PER_S = 8.04e14
 COLD_BYTES = 100e6  # of keys between two uses of one; the L2 cache holds 60 MB
-# How long one program of a measurement runs, so that starting it does not count; a prompt's heats the chip.
-PROGRAM_US = {"decode": 30_000, "prefill": 8_000, "start": 8_000}
+PROGRAM_US = 3000  # about how long one is to run
 ROW_BYTES = {"bf16": 1024, "fp8": 584}
 MOST_ERROR = 4e-3  # relative: weights, parts and the result in bfloat16, each 1.7e-3 at most
 
@@ -154,8 +153,9 @@ class Case:
             compressed_index = jnp.where(jnp.arange(CHOSEN) < chosen, compressed_index, -1)
         return q, window_index[None], compressed_index
 
-    def rounds(self, guess_us: float) -> int:
-        return max(1, round(PROGRAM_US[self.kind] / (guess_us * self.sets)))
+    @property
+    def rounds(self) -> int:
+        return max(2, round(PROGRAM_US / (self.floor_us + 5) / self.sets))
 
     def error(self, out: jax.Array) -> float:
         """Relative to the reference in float32, for the first, the middle and the last query."""
@@ -188,12 +188,16 @@ class Case:
     def prepare(self, variant: Variant):
         """A program of many calls, how many, the result of one and its error; runs the op twice."""
         # A jitted function is lowered once, however often the program calls it.
-        run = jax.jit(functools.partial(attend, variant=variant))
-        out, again = (run(self.requests[0], self.cache) for _ in range(2))
+        one = jax.jit(functools.partial(attend, variant=variant))
+
+        def run(requests: list[Request], cache: Cache) -> list[jax.Array]:
+            return [one(request, cache) for request in requests]
+
+        out, again = (one(self.requests[0], self.cache) for _ in range(2))
         error = self.error(out) if (out == again).all() else float("nan")
-        rounds = self.rounds(2 * self.floor_us + 8)
-        compiled = program(run, rounds).lower(self.requests, self.cache).compile()
-        return functools.partial(compiled, self.requests, self.cache), rounds * self.sets, out, error
+        inputs, rounds = [(self.requests, self.cache)], jnp.int32(self.rounds)
+        compiled = repeated(run, 1).lower(inputs, rounds).compile()
+        return functools.partial(compiled, inputs, rounds), self.rounds * self.sets, out, error
 
 
 def _present(tokens: int) -> np.ndarray:
