@@ -162,7 +162,9 @@ def verify_files(folder: str | Path) -> int:
     listed = read_json_object(path, _MAX_NBYTES, CheckpointError)
     files = listed.get("files")
     if not isinstance(files, dict) or listed != {"files": files, "sha256": sum_of(files)}:
-        raise CheckpointError(f"{path}: differs from its own sum", hint="copy or convert the checkpoint again")
+        raise CheckpointError(
+            f"{path}: differs from its own sum", hint="copy or convert the checkpoint again"
+        )
     own = sorted(files)[jax.process_index() :: jax.process_count()]
     if absent := [name for name in own if not (folder / name).is_file()]:
         raise CheckpointError(

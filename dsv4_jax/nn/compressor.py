@@ -1,20 +1,21 @@
 """The compressor: every `ratio` tokens become one entry."""
 
-import dataclasses
+import math
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float32, Int32
 
 from dsv4_jax import parallel
-from dsv4_jax.cache import CompressedCache, RecentRows
+from dsv4_jax.cache import CHOSEN, CompressedCache, RecentRows
 from dsv4_jax.config import Config
+from dsv4_jax.nn import context
 from dsv4_jax.nn.linear import PlainLinear
 from dsv4_jax.nn.norm import RMSNorm
 from dsv4_jax.nn.parameter import parameter
 from dsv4_jax.nn.rope import rope_frequencies, rotation
 from dsv4_jax.numerics import Numerics
-from pallas_kernels import compressed_entries
+from pallas_kernels import CachedRows, compressed_entries
 
 
 class Compressor(nnx.Module):
@@ -59,24 +60,32 @@ class Compressor(nnx.Module):
         """
         ratio, tokens = self.ratio, projected.shape[1]
         # T tokens close at most ceil(T / ratio) windows, the first of them the one `position` lies in.
-        entry = (position // ratio)[:, None] + jnp.arange(-(-tokens // ratio))
-        entries, kv, score = compressed_entries(
-            projected,
-            self.ape.get_value(),
-            cache.kv.rows,
-            cache.score.rows,
-            position,
-            length,
-            self.norm.weight.get_value(),
-            *rotation(entry * ratio, rope_frequencies(self.config, ratio)),
-            column=column,
-            eps=self.norm.eps,
-            for_index=self.for_index,
-            format=self.numerics.index if self.for_index else self.numerics.kv,
-            dtype=jnp.dtype(self.numerics.dtype),
-        )
-        complete = (entry + 1) * ratio <= (position + length)[:, None]
-        cache = dataclasses.replace(cache, kv=RecentRows(kv), score=RecentRows(score))
-        if ratio == 4:  # an indexer chooses from these: a device may have a part of them only
-            entry = entry - parallel.part("cache_slots") * cache.entries.shape[1]
-        return cache.write(entries, entry, complete)
+        count = -(-tokens // ratio)
+        entry = (position // ratio)[:, None] + jnp.arange(count)
+        turns = rotation(entry * ratio, rope_frequencies(self.config, ratio))
+
+        def compress(entries: CachedRows, position: Int32[Array, " B"]) -> tuple[CachedRows, Array, Array]:
+            return compressed_entries(
+                projected,
+                self.ape.get_value(),
+                entries,
+                cache.kv.rows,
+                cache.score.rows,
+                position,
+                length,
+                self.norm.weight.get_value(),
+                *turns,
+                column=column,
+                eps=self.norm.eps,
+                for_index=self.for_index,
+                format=self.numerics.index if self.for_index else self.numerics.kv,
+                dtype=jnp.dtype(self.numerics.dtype),
+            )
+
+        if ratio == 4 and parallel.parts(CHOSEN) > 1:
+            sizes = {"ratio": ratio, "count": count, "period": math.lcm(ratio, cache.kv.rows.shape[1])}
+            kept = context.write(compress, cache.entries, position, length, **sizes)
+        else:
+            kept = compress(cache.entries, position)
+        entries, kv, score = kept
+        return CompressedCache(entries, RecentRows(kv), RecentRows(score))

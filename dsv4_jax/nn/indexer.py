@@ -5,13 +5,14 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32
 
 from dsv4_jax import parallel
+from dsv4_jax.cache import CHOSEN
 from dsv4_jax.config import Config
 from dsv4_jax.nn import context
 from dsv4_jax.nn.compressor import Compressor
 from dsv4_jax.nn.linear import Linear, PlainLinear
 from dsv4_jax.nn.rope import Rotation
 from dsv4_jax.numerics import Numerics
-from pallas_kernels import QuantArray, index_query
+from pallas_kernels import QuantArray, TiledQueries, index_query
 
 
 class Indexer(nnx.Module):
@@ -38,7 +39,7 @@ class Indexer(nnx.Module):
         column: int,
         q_latent: Float[Array, "B T Q"] | QuantArray,
         turns: Rotation,
-    ) -> tuple[Float[Array, "B T I J"], Float32[Array, "B T I"]]:
+    ) -> tuple[Float[Array, "B T I J"] | TiledQueries, Float32[Array, "B T I"]]:
         """Index queries, rotated and quantised as the keys are, and the weight of each head.
 
         The columns of `projections` begin at `column` of `projected`.
@@ -55,11 +56,11 @@ class Indexer(nnx.Module):
         q_latent: Float[Array, "B T Q"] | QuantArray,
         turns: Rotation,
         positions: Int32[Array, "B T"],
-        keys: Float[Array, "B S J"],
+        keys: Float[Array, "B S J"] | QuantArray,
     ) -> Int32[Array, "B T K"]:
         """Entries each query attends to, -1 where fewer are visible."""
         visible = (positions + 1) // self.ratio  # an entry that closes at a position is seen from there
-        slots = keys.shape[1] * parallel.parts(context.AXIS)
+        slots = keys.shape[1] * parallel.parts(CHOSEN)
         if slots <= self.config.index_topk:
             return all_visible(visible, slots)
         q, weights = self.queries(projected, column, q_latent, turns)

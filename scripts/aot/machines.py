@@ -191,7 +191,10 @@ def compile_kernels_for(machine: Machine) -> dict[Any, float]:
 
     # Nothing runs, but XLA wants to know that there is something to call.
     new_capsule = ctypes.pythonapi.PyCapsule_New
-    new_capsule.restype, new_capsule.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+    new_capsule.restype, new_capsule.argtypes = (
+        ctypes.py_object,
+        [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p],
+    )
     address = ctypes.cast(ctypes.CDLL(None).abort, ctypes.c_void_p).value
     capsule = new_capsule(address, b"xla._CUSTOM_CALL_TARGET", None)
     xla_client.register_custom_call_target(_KERNEL, capsule, platform=machine.platform.upper(), api_version=0)

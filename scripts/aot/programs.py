@@ -42,7 +42,9 @@ class ShapeLayout(Layout):
             def whole(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
                 sharding = NamedSharding(mesh, next(specs))
                 one = sharding.shard_shape(tuple(size * mesh.size for size in leaf.shape))
-                shape = [size * size * mesh.size // whole for size, whole in zip(leaf.shape, one, strict=True)]
+                shape = [
+                    size * size * mesh.size // whole for size, whole in zip(leaf.shape, one, strict=True)
+                ]
                 return jax.ShapeDtypeStruct(tuple(shape), leaf.dtype, sharding=sharding)
 
             self.leaves[path] = jax.tree.map(whole, part)

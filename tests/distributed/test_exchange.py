@@ -13,7 +13,6 @@ from dsv4_jax.nn.expert_parallel import on_owners
 from dsv4_jax.parallel import Along, spread
 from dsv4_jax.sampling import SamplingArrays, SamplingParams, sample
 from dsv4_jax.sharding import make_mesh, on_mesh
-from dsv4_jax.vocabulary import kept
 from pallas_kernels import index_select
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
