@@ -23,8 +23,8 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
+from dsv4_jax.distributed import from_first
 from dsv4_jax.errors import EXIT_BAD_DATA, EXIT_TRY_AGAIN, DSV4Error, OutputError
 from dsv4_jax.llm import LLM, GenerationOutput
 from dsv4_jax.prompts import PromptRow
@@ -125,9 +125,9 @@ def shared(
                 file = stack.enter_context(AnswerFile.open(path, identity))
                 known = [file.answer_to(key) for key in keys]
             except DSV4Error:
-                _from_first(b"failed")
+                from_first(b"failed")
                 raise
-        told = _from_first(json.dumps(known).encode())
+        told = from_first(json.dumps(known).encode())
         if told == b"failed":
             raise OutputError(f"{path}: process 0 cannot go on with it, and says why")
         yield file, json.loads(told)
@@ -172,16 +172,6 @@ def prompt_sha(ids: Sequence[int]) -> str:
 
 def _key(row: PromptRow, request: Request) -> Row:
     return {"id": row.id, "prompt_sha": prompt_sha(request[0])}
-
-
-def _from_first(data: bytes) -> bytes:
-    """What the first process has here."""
-    if jax.process_count() == 1:
-        return data
-    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
-    padded = np.zeros(length, np.uint8)
-    padded[: min(length, len(data))] = np.frombuffer(data, np.uint8)[:length]
-    return bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded), np.uint8))
 
 
 class AnswerFile:

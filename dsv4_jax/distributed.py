@@ -7,6 +7,7 @@ from arguments, from the environment, or from the cluster (SLURM, Open MPI, Kube
 import ctypes
 import dataclasses
 import hashlib
+import json
 import os
 import signal
 import socket
@@ -20,7 +21,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 import pallas_kernels
-from dsv4_jax.errors import EXIT_UNAVAILABLE, EXIT_USAGE, DistributedError
+from dsv4_jax.errors import EXIT_UNAVAILABLE, EXIT_USAGE, DistributedError, DSV4Error
 
 PATIENCE = 6.0  # seconds for the coordinator to listen
 JOIN_SECONDS = 300  # for all processes to come
@@ -199,11 +200,17 @@ def _end_with(message: str) -> None:
     ctypes.CDLL(None).signal(signal.SIGABRT, _handlers[-1])
 
 
+def is_first() -> bool:
+    """Whether this is the only process, or the one that reads and prints; asks for no device."""
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
 def lost_a_peer(error: BaseException) -> bool:
     """Whether this error says that another process is gone."""
     words = ("gloo", "nccl", "connection", "heartbeat", "unavailable", "socket", "peer")
-    is_runtime = isinstance(error, jax.errors.JaxRuntimeError)
-    return is_runtime and jax.process_count() > 1 and any(word in str(error).lower() for word in words)
+    if not isinstance(error, jax.errors.JaxRuntimeError) or not jax.distributed.is_initialized():
+        return False
+    return any(word in str(error).lower() for word in words)
 
 
 def leave(exit_code: int) -> None:
@@ -248,6 +255,28 @@ def from_first(data: bytes) -> bytes:
     padded = np.zeros(length, np.uint8)
     padded[: min(length, len(data))] = np.frombuffer(data, np.uint8)[:length]
     return bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded), np.uint8))
+
+
+def first_reads[T](read: Callable[[], T]) -> T:
+    """What `read` gives in the first process, a value that JSON can hold; the others do not read.
+
+    Raises:
+      DSV4Error: what the first process raised, there; a DistributedError with its exit code elsewhere.
+    """
+    if jax.process_count() == 1:
+        return read()
+    if jax.process_index() == 0:
+        try:
+            value = read()
+        except DSV4Error as error:
+            from_first(json.dumps({"failed": error.exit_code}).encode())
+            raise
+        from_first(json.dumps({"value": value}).encode())
+        return value
+    told = json.loads(from_first(b""))
+    if "failed" in told:
+        raise DistributedError("process 0 cannot go on, and says why", exit_code=told["failed"])
+    return told["value"]
 
 
 def code_fingerprint() -> str:

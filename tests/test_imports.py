@@ -15,10 +15,11 @@ PACKAGES = ["pallas_kernels", "dsv4_jax", "scripts"]  # from the bottom up
 # Modules of dsv4_jax from the bottom up. Those of one level leave each other alone, except within a folder.
 LEVELS = [
     ["errors", "compiles"],
-    ["weight_files"],
+    ["weight_files", "distributed"],
     ["config"],
     ["numerics", "sharding"],
-    ["cache"],
+    ["parallel"],
+    ["cache", "vocabulary"],
     ["nn.*"],
     ["model"],
     ["mtp"],

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 from rich.console import Console
 
 from dsv4_jax.chat import Completion, CompletionStream, Delta
@@ -54,6 +55,8 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Reads questions until there are no more."""
+    if jax.process_count() > 1:
+        raise RequestError("chat runs in one process", hint="for several use generate, with messages")
     talk = _Talk(arguments, load_llm(arguments))
     interactive = sys.stdin.isatty()
     if interactive:

@@ -22,6 +22,7 @@ from dsv4_jax.cli.options import (
 )
 from dsv4_jax.cli.talk import peak_gib, say, show
 from dsv4_jax.compiles import count_compiles
+from dsv4_jax.distributed import agree
 from dsv4_jax.errors import RequestError
 from dsv4_jax.evaluation.environment import describe
 from dsv4_jax.evaluation.insight import look
@@ -84,6 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.report:
         _need_matplotlib()
     sampling = sampling_of(arguments)
+    agree({"tasks": repr(tasks)})
     llm = load_llm(arguments)
     identity = {"model": fingerprint(arguments.checkpoint), **answer_options(arguments)}
     started = time.perf_counter()
@@ -109,7 +111,8 @@ def run(arguments: argparse.Namespace) -> int:
     write_results(arguments.output, results)
     if jax.process_index() == 0:
         if arguments.report:
-            save_insight(arguments.output, _looks(llm, tasks), llm.model.config.n_routed_experts)
+            if llm.model.mesh is None:  # what layers choose is looked at on one device only
+                save_insight(arguments.output, _looks(llm, tasks), llm.model.config.n_routed_experts)
             say(f"report: {write_report(arguments.output)}")
         if arguments.json:
             show(results)

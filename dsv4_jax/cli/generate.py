@@ -24,6 +24,7 @@ from dsv4_jax.cli.options import (
 )
 from dsv4_jax.cli.talk import peak_gib, say, show
 from dsv4_jax.compiles import count_compiles
+from dsv4_jax.distributed import first_reads
 from dsv4_jax.errors import DSV4Error, NumericError, RequestError
 from dsv4_jax.llm import LLM, GenerationOutput
 from dsv4_jax.prompts import PromptRow, read_prompts
@@ -70,9 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.skip_bad and not arguments.input:
         raise RequestError("--skip-bad goes with -i")
     defaults = sampling_of(arguments)
-    rows = _rows(arguments)
-    if arguments.output:
-        batch.check_output(arguments.output)
+    rows = [PromptRow(**each) for each in first_reads(lambda: _told_rows(arguments))]
     llm = load_llm(arguments)
     rows, requests = _served(arguments, llm, rows, defaults)
     if arguments.compile_cache and arguments.max_len:
@@ -90,6 +89,14 @@ def run(arguments: argparse.Namespace) -> int:
     if broken:
         raise NumericError(f"logits of request {', '.join(broken)} were not finite numbers")
     return 0
+
+
+def _told_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """What is asked for, once it is sure that it can be answered."""
+    rows = [dataclasses.asdict(row) for row in _rows(arguments)]
+    if arguments.output:
+        batch.check_output(arguments.output)
+    return rows
 
 
 def _rows(arguments: argparse.Namespace) -> list[PromptRow]:

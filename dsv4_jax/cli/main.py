@@ -10,11 +10,14 @@ from typing import NoReturn
 import jax
 
 from dsv4_jax.cli import bench, chat, doctor, evaluate, generate, inspect, ppl, warmup
+from dsv4_jax.cli.processes import join
 from dsv4_jax.cli.talk import complain, warn
+from dsv4_jax.distributed import leave, lost_a_peer
 from dsv4_jax.errors import (
     EXIT_INTERRUPTED,
     EXIT_UNEXPECTED,
     EXIT_USAGE,
+    DistributedError,
     DSV4Error,
     MemoryPlanError,
 )
@@ -36,7 +39,15 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command and gives its exit code; the codes are those of `errors.py`."""
     arguments = _parser().parse_args(argv)
     warnings.showwarning = warn
+    exit_code = _run(arguments)
+    if exit_code and jax.distributed.is_initialized():
+        leave(exit_code)  # the other processes end too, by themselves or because this one is gone
+    return exit_code
+
+
+def _run(arguments: argparse.Namespace) -> int:
     try:
+        join(arguments)
         return arguments.run(arguments)
     except DSV4Error as error:
         return complain(str(error), error.exit_code)
@@ -47,6 +58,9 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
+        if lost_a_peer(error):
+            hint = "what is finished is written: run the same command again"
+            return complain(f"another process is gone ({hint})", DistributedError.exit_code)
         if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
             message = f"the device is out of memory: {str(error).splitlines()[0]}"
             hint = "dsv4-jax plan says what fits; a smaller --max-batch or --max-len takes less"

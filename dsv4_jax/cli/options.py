@@ -2,18 +2,24 @@
 
 import argparse
 import dataclasses
+import json
 import sys
 from pathlib import Path
 from typing import Any, get_args
 
 import jax
+from jax.sharding import Mesh
 
 from dsv4_jax.chat import Effort
-from dsv4_jax.errors import OutputError, RequestError
+from dsv4_jax.checkpoint.fingerprint import fingerprint
+from dsv4_jax.checkpoint.load import Verify
+from dsv4_jax.cli.processes import add_processes
+from dsv4_jax.distributed import agree, code_fingerprint
+from dsv4_jax.errors import EXIT_USAGE, MemoryPlanError, OutputError, RequestError
 from dsv4_jax.llm import LLM
 from dsv4_jax.numerics import PRESETS
 from dsv4_jax.sampling import SamplingParams
-from dsv4_jax.sharding import make_mesh
+from dsv4_jax.sharding import DEFAULT_RULES, RULES, make_mesh
 
 CHECKPOINT_HELP = "folder in the official format"
 
@@ -73,7 +79,12 @@ def add_model(command: argparse.ArgumentParser) -> None:
         metavar="NAME|OP=NAME,...",
         help="reference, triton...: of all ops, or op by op (default: the fastest proven one that fits)",
     )
-    command.add_argument("--mesh", type=mesh_sizes, default={}, metavar="tp=N,ep=N,dp=N")
+    command.add_argument(
+        "--mesh", type=mesh_sizes, default={}, metavar="tp=N,ep=N,dp=N", help="spread it over so many devices"
+    )
+    command.add_argument(
+        "--rules", choices=list(RULES), default=DEFAULT_RULES, help="how, on a mesh (default: %(default)s)"
+    )
     command.add_argument("--max-len", type=int, metavar="N", help="tokens of prompt and answer together")
     command.add_argument("--max-batch", type=int, default=32, metavar="N", help="prompts that run together")
     command.add_argument(
@@ -93,7 +104,10 @@ def add_model(command: argparse.ArgumentParser) -> None:
         " docs/numerics.md. Goes with --max-len",
     )
     command.add_argument(
-        "--verify", choices=["header", "values"], default="header", help="values: look for NaN"
+        "--verify",
+        choices=get_args(Verify),
+        default="header",
+        help="values: look for NaN; full: hold a converted checkpoint against its sums",
     )
     command.add_argument(
         "--strict", action="store_true", help="refuse tensors that have no place in the model"
@@ -105,10 +119,16 @@ def add_model(command: argparse.ArgumentParser) -> None:
         help="where compiled programs are kept (default: nowhere); a command finds those of warmup by the"
         " same --max-len, --max-batch, --draft-tokens, --prefix-bytes and --invariant",
     )
+    add_processes(command)
 
 
 # Of those options the ones that an answer depends on.
-_ANSWER_OPTIONS = ("numerics", "implementation", "mesh", "max_len", "max_batch", "draft_tokens", "invariant")
+_ANSWER_OPTIONS = (
+    *("numerics", "implementation", "mesh", "rules"),
+    *("max_len", "max_batch", "draft_tokens", "invariant"),
+)
+# Those that may differ from one process to the other.
+_OWN_OPTIONS = ("run", "coordinator", "num_processes", "process_id", "compile_cache")
 
 
 def answer_options(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -128,13 +148,27 @@ def mesh_sizes(text: str) -> dict[str, int]:
 
 
 def load_llm(arguments: argparse.Namespace) -> LLM:
-    """The model that the options of `add_model` describe."""
+    """The model that the options of `add_model` describe.
+
+    Raises:
+      DistributedError: of several processes one has other options, files or code.
+    """
     keep_programs(arguments.compile_cache)
+    if jax.process_count() > 1:
+        options = {name: each for name, each in vars(arguments).items() if name not in _OWN_OPTIONS}
+        agree(
+            {
+                "code": code_fingerprint(),
+                "options": json.dumps(options, sort_keys=True, default=str),
+                "checkpoint": fingerprint(arguments.checkpoint),
+            }
+        )
     return LLM.from_pretrained(
         arguments.checkpoint,
         numerics=PRESETS[arguments.numerics],
         implementation=arguments.implementation,
-        mesh=make_mesh(**arguments.mesh) if arguments.mesh else None,
+        mesh=_mesh(arguments.mesh),
+        rules=arguments.rules,
         verify=arguments.verify,
         strict=arguments.strict,
         progress=sys.stderr.isatty(),
@@ -144,6 +178,21 @@ def load_llm(arguments: argparse.Namespace) -> LLM:
         prefix_bytes=arguments.prefix_bytes,
         invariant=arguments.invariant,
     )
+
+
+def _mesh(sizes: dict[str, int]) -> Mesh | None:
+    """The mesh of these sizes; of several processes all devices are in it, or some would stand idle."""
+    if not sizes and jax.process_count() == 1:
+        return None
+    mesh = make_mesh(**sizes)
+    if mesh.size < jax.device_count() and jax.process_count() > 1:
+        raise MemoryPlanError(
+            f"--mesh of {mesh.size} devices leaves {jax.device_count() - mesh.size} of"
+            f" {jax.device_count()} in {jax.process_count()} processes idle",
+            hint="name all of them, as in --mesh tp=8,ep=2 for 16",
+            exit_code=EXIT_USAGE,
+        )
+    return mesh
 
 
 def keep_programs(folder: Path | None) -> None:

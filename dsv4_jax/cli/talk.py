@@ -8,15 +8,18 @@ from typing import Any
 
 import jax
 
+from dsv4_jax.distributed import is_first
+
 
 def say(text: str) -> None:
-    """A line on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    """A line on stderr; of several processes the first one says it."""
+    if is_first():
+        print(text, file=sys.stderr, flush=True)
 
 
 def complain(message: str, exit_code: int) -> int:
     """Says what went wrong, and gives the code back."""
-    say(f"error: {message}")
+    print(f"error: {message}", file=sys.stderr, flush=True)
     return exit_code
 
 

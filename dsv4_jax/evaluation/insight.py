@@ -20,6 +20,7 @@ from dsv4_jax.errors import RequestError
 from dsv4_jax.llm import LLM
 from dsv4_jax.model import Params, bind
 from dsv4_jax.numerics import Numerics
+from dsv4_jax.sharding import on_mesh
 from pallas_kernels.dispatch import choose
 
 
@@ -40,8 +41,10 @@ def look(llm: LLM, ids: Sequence[int]) -> Insight:
     """Reads a text at once and tells what was chosen for each token.
 
     Raises:
-      RequestError: the text is empty, or longer than `max_len`.
+      RequestError: the text is empty, or longer than `max_len`; the model is on a mesh.
     """
+    if llm.model.mesh is not None and llm.model.mesh.size > 1:
+        raise RequestError("a model is looked into on one device only, this one is on a mesh")
     if not 0 < len(ids) <= llm.max_len:
         raise RequestError(f"a text of {len(ids)} tokens cannot be read, max_len is {llm.max_len}")
     room = 128
@@ -50,8 +53,7 @@ def look(llm: LLM, ids: Sequence[int]) -> Insight:
     padded = np.zeros((1, room), np.int32)
     padded[0, : len(ids)] = ids
     with ExitStack() as stack:
-        if llm.model.mesh:
-            stack.enter_context(jax.set_mesh(llm.model.mesh))
+        stack.enter_context(on_mesh(llm.model.mesh, llm.model.rules))
         stack.enter_context(choose(llm.implementation))
         found = _look(llm.model.config, llm.numerics, llm.model.params, padded, np.int32(len(ids)))
     experts, entries = jax.device_get(found)

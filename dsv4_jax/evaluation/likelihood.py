@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32
 
+from dsv4_jax import vocabulary
 from dsv4_jax.cache import Cache, make_cache
 from dsv4_jax.config import Config
 from dsv4_jax.decode import read
@@ -22,6 +23,8 @@ from dsv4_jax.errors import NumericError, RequestError
 from dsv4_jax.llm import LLM
 from dsv4_jax.model import Params, bind
 from dsv4_jax.numerics import Numerics
+from dsv4_jax.parallel import on_all
+from dsv4_jax.sharding import on_mesh
 from pallas_kernels.dispatch import choose
 
 _PIECES = (32, 128, 512)  # tokens of one text that are read at once
@@ -107,8 +110,7 @@ def _read_group(
         length[row] = len(ids) - 1  # nothing follows the last token
     logprobs, greedy = np.zeros((2, batch, whole), np.float32)
     with ExitStack() as stack:
-        if llm.model.mesh:
-            stack.enter_context(jax.set_mesh(llm.model.mesh))
+        stack.enter_context(on_mesh(llm.model.mesh, llm.model.rules))
         stack.enter_context(choose(llm.implementation))
         cache = _empty_cache(config, llm.numerics, batch, room)
         for start in range(0, whole, piece):
@@ -141,6 +143,6 @@ def _read_piece(
 ) -> tuple[tuple[Float32[Array, "B T"], Bool[Array, "B T"]], Cache]:
     """Log-probability of the token that follows each one, and whether it is the most likely."""
     found, cache = read(bind(config, numerics, params), ids, position, length, cache)
-    chosen = jnp.take_along_axis(found.logits, following[..., None], axis=-1)[..., 0]
+    chosen = vocabulary.pick(found.logits, following)
     likeliest = jnp.argmax(found.logits, axis=-1) == following
-    return ((chosen - found.best) - found.log_total, likeliest), cache
+    return on_all(((chosen - found.best) - found.log_total, likeliest)), cache

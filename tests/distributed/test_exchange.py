@@ -1,6 +1,7 @@
 """What devices tell each other, op by op: the same numbers as on one device, whatever the worst case."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from dsv4_jax.nn.expert_parallel import on_owners
 from dsv4_jax.parallel import Along, spread
 from dsv4_jax.sampling import SamplingArrays, SamplingParams, sample
 from dsv4_jax.sharding import make_mesh, on_mesh
-from pallas_kernels import index_select
+from pallas_kernels import compressed_entries, empty_index_keys, index_select
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
 
@@ -63,10 +64,10 @@ def test_every_token_reaches_all_its_experts(routing, rules, capacity, monkeypat
 
     with on_mesh(make_mesh(ep=4, tp=2), rules):
         rows = Along("batch")
-        arguments = (x, rows), (experts, rows), (weights, rows), (scale, Along("experts"))
-        found = jax.jit(
-            lambda *each: spread(routed, (), list(zip(each, [along for _, along in arguments])), rows)
-        )(*(value for value, _ in arguments))
+        along = rows, rows, rows, Along("experts")
+        found = jax.jit(lambda *each: spread(routed, (), list(zip(each, along, strict=True)), rows))(
+            x, experts, weights, scale
+        )
 
     np.testing.assert_allclose(found, answer(x, experts, weights, scale), rtol=1e-5, atol=1e-6)
 
@@ -92,8 +93,10 @@ def test_the_best_entries_of_a_text_in_parts_are_those_of_the_whole(top_k):
 
     with on_mesh(make_mesh(ep=2, tp=4), "context"):
         part, whole = Along(None, "cache_slots"), Along()
-        arguments = (q, whole), (keys, part), (weights, whole), (visible, whole), (entries, part)
-        chosen, found = spread(choose, (), arguments, whole)
+        along = whole, part, whole, whole, part
+        chosen, found = jax.jit(lambda *each: spread(choose, (), list(zip(each, along, strict=True)), whole))(
+            q, keys, weights, visible, entries
+        )
 
     expected = np.asarray(index_select(q, keys, weights, visible, top_k))
     np.testing.assert_array_equal(chosen, expected)
@@ -140,3 +143,31 @@ def test_sampling_sends_no_logits():
 
     assert "all-reduce" in text
     assert not [line for line in text.splitlines() if "all-gather" in line and "4096" in line]
+
+
+@pytest.mark.parametrize("draft", [0, 3])
+def test_entries_are_written_where_their_slots_are(draft):
+    rng = np.random.default_rng(0)
+    position, length = np.array([0, 5, 41, 118], np.int32), np.array([9, 8, 3, 6], np.int32)
+    tokens, width, ratio, slots = 9, 64, 4, 32
+    projected = rng.normal(size=(4, tokens, 4 * width)).astype(np.float32)
+    ape, norm = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((ratio, 2 * width), width))
+    rings = jnp.asarray(rng.normal(size=(2, 4, 2 * ratio + draft, 2 * width)), jnp.float32)
+    entries = empty_index_keys(4, slots, width, "fp4_group32", jnp.float32)
+    count = -(-tokens // ratio)
+    cos, sin = rng.normal(size=(2, 4, count, 16)).astype(np.float32)
+    settings = {"column": 0, "eps": 1e-6, "for_index": True, "format": "fp4_group32", "dtype": jnp.float32}
+
+    def compress(entries, position):
+        kept = projected, ape, entries, *rings, position, length, norm, cos, sin
+        return compressed_entries(*kept, **settings)
+
+    def in_parts(entries):
+        sizes = {"ratio": ratio, "count": count, "period": math.lcm(ratio, 2 * ratio + draft)}
+        return context.write(compress, entries, position, length, **sizes)
+
+    with on_mesh(make_mesh(ep=2, tp=4), "context"):
+        part, whole = Along(None, "cache_slots"), Along()
+        found = jax.jit(lambda entries: spread(in_parts, (), ((entries, part),), (part, whole, whole)))(entries)
+
+    jax.tree.map(np.testing.assert_array_equal, found, jax.jit(compress)(entries, position))
