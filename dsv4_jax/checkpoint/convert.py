@@ -91,6 +91,7 @@ def convert(
                     state.add(name, _write(out, name, inside, arrays))
             if jax.process_index() == 0:
                 _finish(folder, out, config, state)
+            from_first(b"finished")  # no process goes on before it is
     return out
 
 

@@ -102,11 +102,13 @@ class ArrayRead:
         *outer, rows, columns = sharding.spec
         if columns is None or rows is not None:
             return placement
-        indices = sharding.addressable_devices_indices_map(placement.shape).values()
-        own = {range(placement.shape[-1])[index[-1]] for index in indices if index is not None}
+        columns_of: dict[int, set[range]] = collections.defaultdict(set)  # by process, for all decide alike
+        for device, index in sharding.devices_indices_map(placement.shape).items():
+            columns_of[device.process_index].add(range(placement.shape[-1])[index[-1]])
+        whole = all(sum(map(len, each)) == placement.shape[-1] for each in columns_of.values())
         names = (columns,) if isinstance(columns, str) else columns
         ways = math.prod(sharding.mesh.shape[name] for name in names)
-        if sum(map(len, own)) == placement.shape[-1] or placement.stored[-2] % ways:
+        if whole or placement.stored[-2] % ways:
             return placement
         by_row = NamedSharding(sharding.mesh, PartitionSpec(*outer, columns, None))
         return Placement(placement.stored, by_row, placement.stored)

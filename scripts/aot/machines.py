@@ -118,7 +118,7 @@ device_description_str: "MI300X"
 """,
 )
 
-_KERNEL = "kernel"  # what kernels are called in compiled programs
+KERNEL = "kernel"  # what kernels are called in compiled programs
 
 MACHINES = {"h200": H200, "mi300x": MI300X}
 
@@ -184,9 +184,7 @@ def compile_kernels_for(machine: Machine) -> dict[Any, float]:
             triton_call.compile_offline(launch, machine.target.arch)
             seconds[launch] = time.perf_counter() - begin
         aliases = dict(params["aliases"])
-        rule = jax.ffi.ffi_lowering(
-            _KERNEL, api_version=2, backend_config=b"", operand_output_aliases=aliases
-        )
+        rule = jax.ffi.ffi_lowering(KERNEL, api_version=2, backend_config=b"", operand_output_aliases=aliases)
         return rule(ctx, *args)
 
     # Nothing runs, but XLA wants to know that there is something to call.
@@ -197,6 +195,6 @@ def compile_kernels_for(machine: Machine) -> dict[Any, float]:
     )
     address = ctypes.cast(ctypes.CDLL(None).abort, ctypes.c_void_p).value
     capsule = new_capsule(address, b"xla._CUSTOM_CALL_TARGET", None)
-    xla_client.register_custom_call_target(_KERNEL, capsule, platform=machine.platform.upper(), api_version=0)
+    xla_client.register_custom_call_target(KERNEL, capsule, platform=machine.platform.upper(), api_version=0)
     mlir.register_lowering(triton_call._launch, lower, platform=machine.platform)
     return seconds

@@ -1,14 +1,16 @@
 """The programs of a serving mesh, as shapes: parameters, caches, a prefill piece and a decode step."""
 
+import dataclasses
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dsv4_jax import engine
 from dsv4_jax.cache import Cache, make_cache
 from dsv4_jax.checkpoint.layouts import Layout
 from dsv4_jax.checkpoint.names import nest, parameters
@@ -16,9 +18,9 @@ from dsv4_jax.config import Config
 from dsv4_jax.decode import Caches, Models, Requests, Sequences, step
 from dsv4_jax.model import Params, bind
 from dsv4_jax.numerics import Numerics
-from dsv4_jax.parallel import parameter_specs_of, rows_of
+from dsv4_jax.parallel import Along, parameter_specs_of, rows_of
 from dsv4_jax.sampling import SamplingParams
-from dsv4_jax.sharding import Placement, Rules, placements, resolve, spec
+from dsv4_jax.sharding import Placement, Rules, current_rules, placements, resolve, spec
 from pallas_kernels import Target
 
 
@@ -65,3 +67,55 @@ def parameter_shapes(config: Config, mesh: Mesh, rules: Rules, target: Target) -
             jax.tree.map(placed, places, each.value, is_leaf=lambda leaf: isinstance(leaf, Placement)),
         )
     return nest(layout.leaves)
+
+
+def cache_shapes(config: Config, numerics: Numerics, batch: int, max_len: int) -> Cache:
+    """Empty caches; to be called inside of `on_mesh`."""
+    return _laid_out(jax.eval_shape(lambda: make_cache(config, numerics, batch=batch, max_len=max_len)))
+
+
+def _laid_out(tree: Any) -> Any:
+    """Shapes [B, ...] where the engine has their arrays."""
+    mesh = jax.sharding.get_mesh()
+
+    def place(along: Along, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        sizes = {axis: size for axis, size in zip(along.axes, leaf.shape, strict=False) if axis == "batch"}
+        rules = resolve(
+            current_rules(), mesh.shape, sizes | dict.fromkeys(_vocab(along, leaf), leaf.shape[-1])
+        )
+        sharding = NamedSharding(mesh, spec(*along.axes, rules=rules))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(place, rows_of(tree), tree)
+
+
+def _vocab(along: Along, leaf: jax.ShapeDtypeStruct) -> tuple[str, ...]:
+    return ("vocab",) if "vocab" in along.axes and leaf.size else ()
+
+
+def decode_step(config: Config, numerics: Numerics, params: Params, batch: int, max_len: int) -> Any:
+    """A decode step of `batch` sequences that draw their tokens, traced; to be called inside of `on_mesh`."""
+
+    def run(params: Params, requests: Requests, sequences: Sequences) -> Any:
+        return step(Models(bind(config, numerics, params)), requests, sequences, config.eos_token_id)
+
+    def rows(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((batch, *shape), dtype)
+
+    one = jax.eval_shape(lambda: Requests.stack([SamplingParams()]))
+    requests = jax.tree.map(lambda leaf: rows(leaf.dtype, *leaf.shape[1:]), one)
+    requests = dataclasses.replace(requests, sampling=dataclasses.replace(requests.sampling, kind="whole"))
+    caches = Caches(jax.eval_shape(lambda: make_cache(config, numerics, batch=batch, max_len=max_len)))
+    number, nothing = rows(jnp.int32), rows(jnp.float32, 0, config.vocab_size)
+    sequences = Sequences(number, number, rows(jnp.int32, 0), nothing, number, rows(jnp.bool), caches)
+    return jax.jit(run, donate_argnums=2).trace(params, _laid_out(requests), _laid_out(sequences))
+
+
+def prefill_piece(
+    config: Config, numerics: Numerics, params: Params, slots: int, max_len: int, tokens: int
+) -> Any:
+    """A piece of one prompt, read into the caches of one of the slots, traced; inside of `on_mesh`."""
+    cache = cache_shapes(config, numerics, slots, max_len)
+    whole = NamedSharding(jax.sharding.get_mesh(), PartitionSpec())
+    ids, numbers = (jax.ShapeDtypeStruct(shape, jnp.int32, sharding=whole) for shape in ((1, tokens), (3,)))
+    return engine._read_prompt.trace(config, numerics, params, cache, ids, numbers)

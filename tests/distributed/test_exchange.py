@@ -168,6 +168,8 @@ def test_entries_are_written_where_their_slots_are(draft):
 
     with on_mesh(make_mesh(ep=2, tp=4), "context"):
         part, whole = Along(None, "cache_slots"), Along()
-        found = jax.jit(lambda entries: spread(in_parts, (), ((entries, part),), (part, whole, whole)))(entries)
+        found = jax.jit(lambda entries: spread(in_parts, (), ((entries, part),), (part, whole, whole)))(
+            entries
+        )
 
     jax.tree.map(np.testing.assert_array_equal, found, jax.jit(compress)(entries, position))
