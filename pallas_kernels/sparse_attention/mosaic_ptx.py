@@ -104,7 +104,10 @@ def _lines(*lines: str) -> str:
 
 
 def rows_text(sizes: Sizes) -> str:
-    """What stands at a thread's places of a block: the first of its rows, and every so many further on."""
+    """What stands at a thread's places of a block: the first of its rows, and every so many further on.
+
+    Loads here are volatile where they are to start now: others the assembler puts off until they are needed.
+    """
     step = 128 // sizes.threads_a_row
     lines = [
         ".reg .pred in_window, there;",
@@ -130,7 +133,7 @@ def rows_text(sizes: Sizes) -> str:
         lines += [
             "setp.lt.u32 there, place, length;",
             f"mov.b32 $result{n}, -1;",
-            f"@there ld.global.nc.b32 $result{n}, [at+{4 * step * n}];",
+            f"@there ld.volatile.global.b32 $result{n}, [at+{4 * step * n}];",
             f"add.u32 place, place, {step};",
         ]
     return _lines(*lines)
@@ -232,32 +235,38 @@ def raw_text(sizes: Sizes) -> str:
         "setp.ge.s32 there, $row, 0;",
     ]
     lines += [f"mov.b32 $result{n}, 0;" for n in range(RAW)]
-    lines.append(f"@there ld.global.nc.v2.b32 {{$result{4 * CHUNKS}, $result{4 * CHUNKS + 1}}}, [scale_at];")
+    scales = f"$result{4 * CHUNKS}, $result{4 * CHUNKS + 1}"
+    lines.append(f"@there ld.volatile.global.v2.b32 {{{scales}}}, [scale_at];")
     for chunk in range(CHUNKS):
         words = ", ".join(f"$result{4 * chunk + n}" for n in range(4))
-        lines.append(f"@there ld.global.nc.L2::128B.v4.b32 {{{words}}}, [at+{64 * chunk}];")
+        lines.append(f"@there ld.volatile.global.v4.b32 {{{words}}}, [at+{64 * chunk}];")
     return _lines(*lines)
 
 
 def ahead_text(sizes: Sizes) -> str:
-    """Asks the L2 cache for a row: codes by one of its four threads, rotated columns by another, scales."""
+    """Asks the L2 cache for rows: for 128 bytes of codes by each of a row's threads, for the rest by one."""
     lines = [
         _chosen_text(sizes, "nope", "scale", "rope"),
-        ".reg .pred there, is_nope, is_rope, is_scale;",
+        ".reg .pred there, is_rope, is_scale;",
         ".reg .b32 lane;",
-        ".reg .b64 at;",
+        ".reg .b64 at, lane_at;",
         "and.b32 lane, $thread, 3;",
+        "mul.wide.u32 lane_at, lane, 128;",
     ]
     for n in range(sizes.rows_a_thread):
-        lines.append(f"setp.ge.s32 there, $row{n}, 0;")
-        for number, (name, nbytes) in enumerate((("nope", NOPE), ("rope", 4 * PAIRS), ("scale", 8))):
-            asked = max(nbytes, 16)
-            lines += [
-                f"setp.eq.and.u32 is_{name}, lane, {number}, there;",
-                _address_text("at", name, f"$row{n}", nbytes),
-                *(["and.b64 at, at, -16;"] if asked != nbytes else []),
-                f"@is_{name} cp.async.bulk.prefetch.L2.global [at], {asked};",
-            ]
+        lines += [
+            f"setp.ge.s32 there, $row{n}, 0;",
+            "setp.eq.and.u32 is_rope, lane, 0, there;",
+            "setp.eq.and.u32 is_scale, lane, 1, there;",
+            _address_text("at", "nope", f"$row{n}", NOPE),
+            "and.b64 at, at, -128;",
+            "add.u64 at, at, lane_at;",
+            "@there prefetch.global.L2 [at];",
+            _address_text("at", "rope", f"$row{n}", 4 * PAIRS),
+            "@is_rope prefetch.global.L2 [at];",
+            _address_text("at", "scale", f"$row{n}", 8),
+            "@is_scale prefetch.global.L2 [at];",
+        ]
     return _lines(*lines)
 
 
