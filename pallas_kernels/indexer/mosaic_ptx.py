@@ -151,23 +151,28 @@ def keys_ptx(waves: int) -> str:
     return "\n".join(lines)
 
 
-def _issue_ptx(query: int, wave: int, part: str, add: str) -> list[str]:
-    """Starts the product of a wave with the heads of a query; `add` is a predicate that is false."""
-    registers = ", ".join(f"{part}_{n}" for n in range(SUMS))
+def _heads_ptx(query: int) -> list[str]:
+    """Registers heads0 to heads3: where the tensor core finds the 32 channels of each step of a query."""
     # Upper half of a descriptor: 128-byte swizzle; 1024 bytes, in units of 16, from eight rows to the next.
     upper = (1 << 30) | (1024 >> 4)
-    lines = [
-        f"add.u32 address, $q, {query * HEADS * CHANNELS};",
-        "bfe.u32 address, address, 4, 14;",
-        f"mov.b64 heads, {{address, {upper}}};",
-        "wgmma.fence.sync.aligned;",
-    ]
+    lines = [] if query else ["bfe.u32 place, $q, 4, 14;"]
+    for step in range(STEPS):
+        further = (query * HEADS * CHANNELS + 32 * step) // 16
+        lines += [f"add.u32 address, place, {further};", f"mov.b64 heads{step}, {{address, {upper}}};"]
+    return lines
+
+
+def _issue_ptx(wave: int, part: str, add: str) -> list[str]:
+    """Starts the product of a wave with the heads of a query; `add` is a predicate that is false."""
+    registers = ", ".join(f"{part}_{n}" for n in range(SUMS))
+    lines = ["wgmma.fence.sync.aligned;"]
     for step in range(STEPS):
         operand = ", ".join(f"a{wave}_{4 * step + n}" for n in range(4))
         instruction = f"wgmma.mma_async.sync.aligned.m64n{HEADS}k32.f32.e4m3.e4m3"
         # The first of a product does not add to what the registers hold.
-        lines.append(f"{instruction} {{{registers}}}, {{{operand}}}, heads, {'more' if step else add}, 1, 1;")
-        lines.append("add.s64 heads, heads, 2;")  # 32 bytes further
+        lines.append(
+            f"{instruction} {{{registers}}}, {{{operand}}}, heads{step}, {'more' if step else add}, 1, 1;"
+        )
     return [*lines, "wgmma.commit_group.sync.aligned;"]
 
 
@@ -242,8 +247,8 @@ def scores_ptx(queries: int, waves: int, parts: int, stride: int) -> str:
     """
     lines = [
         f".reg .pred none, never, more, odd, upper, written, inside<{pairs(waves)}>;",
-        ".reg .b32 address, row, weights;",
-        ".reg .b64 heads, out;",
+        ".reg .b32 address, place, row, weights;",
+        f".reg .b64 heads<{STEPS}>, out;",
         f".reg .f32 hit, given, score, factor<{pairs(waves)}>, w<16>, h0_<2>, h1_<2>;",
         *(f".reg .b32 a{wave}_<{OPERAND}>;" for wave in range(waves)),
         *(f".reg .f32 s{wave}_<2>;" for wave in range(waves)),
@@ -284,9 +289,9 @@ def scores_ptx(queries: int, waves: int, parts: int, stride: int) -> str:
     behind = parts - 1  # a product is waited for once so many more are on their way
     for number in range(len(products) + behind):
         if number < len(products):
-            lines += _issue_ptx(
-                *products[number], f"p{number % parts}", "none" if number < parts else "never"
-            )
+            query, wave = products[number]
+            lines += _heads_ptx(query) if wave == 0 else []
+            lines += _issue_ptx(wave, f"p{number % parts}", "none" if number < parts else "never")
         if number >= behind:
             query, wave = products[number - behind]
             lines += _weights_ptx(query) if wave == 0 else []

@@ -72,12 +72,9 @@ def _e2m1_times_2_to_minus_126(code):
 
 
 @triton.jit
-def _load_keys(keys, scale, key, real, J: tl.constexpr, FP4: tl.constexpr, E4M3: tl.constexpr):
+def _fp4_keys(keys, scale, key, real, J: tl.constexpr, E4M3: tl.constexpr):
     """[KEYS, J] as the product takes it, and what a key's products are to be multiplied by."""
     KEYS: tl.constexpr = key.shape[0]
-    if not FP4:
-        at = key[:, None] * J + tl.arange(0, J)[None, :]
-        return tl.load(keys + at, mask=real[:, None], other=0.0), tl.full((KEYS,), 1.0, tl.float32)
     # Words of eight channels, a quarter of a key's for each thread of four: see `channel_order`.
     WORDS: tl.constexpr = J // 32
     quarter, word, nibble = tl.arange(0, 4), tl.arange(0, WORDS), tl.arange(0, 8)
@@ -86,32 +83,44 @@ def _load_keys(keys, scale, key, real, J: tl.constexpr, FP4: tl.constexpr, E4M3:
     code = (words[:, :, :, None] >> (4 * nibble)[None, None, None, :]) & 15
     at = (key * WORDS)[:, None] + (quarter * WORDS // 4)[None, :]
     exponent = tl.load(scale + at, mask=real[:, None], other=1).to(tl.int32)
-    factor = tl.full((KEYS,), 1.0, tl.float32)
     if E4M3:
         # The scales relative to the largest, which is 2^6 here: 6 * 2^6 is the most that a number can be.
         highest = tl.max(exponent, 1)
         exponent = tl.maximum(exponent - highest[:, None] + 6 + 127, 0)
         factor = _power_of_two(tl.maximum(highest - 6, 0))
         factor = tl.where(highest == 255, float("nan"), factor)
+    else:
+        factor = tl.full((KEYS,), 1.0, tl.float32)
     numbers = _e2m1_times_2_to_minus_126(code) * 2.0**126 * _power_of_two(exponent)[:, :, None, None]
     numbers = tl.permute(tl.reshape(numbers, (KEYS, 4, WORDS, 2, 4)), (0, 2, 3, 1, 4))
-    numbers = tl.reshape(numbers, (KEYS, J))
-    if E4M3:
-        return numbers.to(tl.float8e4nv), factor
-    return numbers.to(tl.bfloat16), factor
+    return tl.reshape(numbers, (KEYS, J)).to(tl.float8e4nv if E4M3 else tl.bfloat16), factor
+
+
+@triton.jit
+def _load_keys(keys, scale, key, real, J: tl.constexpr, FP4: tl.constexpr, E4M3: tl.constexpr):
+    if FP4:
+        keys_KJ, factor = _fp4_keys(keys, scale, key, real, J, E4M3)
+    else:
+        at = key[:, None] * J + tl.arange(0, J)[None, :]
+        keys_KJ = tl.load(keys + at, mask=real[:, None], other=0.0)
+        factor = tl.full((key.shape[0],), 1.0, tl.float32)
+    return keys_KJ, factor
 
 
 @triton.jit
 def _load_queries(q, at, taken, FP4: tl.constexpr, E4M3: tl.constexpr):
-    if not FP4:
-        return tl.load(q + at, mask=taken, other=0.0)
-    values = tl.load(q + at, mask=taken, other=0)
-    if E4M3:
-        return values.to(tl.float8e4nv, bitcast=True)
-    # The bits of E4M3 are those of a float32 that is 2^-120 of it.
-    bits = values.to(tl.int32)
-    numbers = (((bits & 0x80) << 24) | ((bits & 0x7F) << 20)).to(tl.float32, bitcast=True)
-    return (numbers * 2.0**120).to(tl.bfloat16)
+    if FP4:
+        values = tl.load(q + at, mask=taken, other=0)
+        if E4M3:
+            q_NJ = values.to(tl.float8e4nv, bitcast=True)
+        else:
+            # The bits of E4M3 are those of a float32 that is 2^-120 of it.
+            bits = values.to(tl.int32)
+            numbers = (((bits & 0x80) << 24) | ((bits & 0x7F) << 20)).to(tl.float32, bitcast=True)
+            q_NJ = (numbers * 2.0**120).to(tl.bfloat16)
+    else:
+        q_NJ = tl.load(q + at, mask=taken, other=0.0)
+    return q_NJ
 
 
 @triton.jit
@@ -119,8 +128,10 @@ def _sum_heads(logit, weight, QUERIES: tl.constexpr, HEADS: tl.constexpr):
     """[keys, queries] of logits [keys, queries * heads]."""
     hit = tl.maximum(logit, 0.0, propagate_nan=tl.PropagateNan.ALL) * weight[None, :]
     if QUERIES == 1:
-        return tl.sum(hit, 1)[:, None]
-    return tl.sum(tl.reshape(hit, (hit.shape[0], QUERIES, HEADS)), 2)
+        total = tl.sum(hit, 1)[:, None]
+    else:
+        total = tl.sum(tl.reshape(hit, (hit.shape[0], QUERIES, HEADS)), 2)
+    return total
 
 
 @triton.jit
@@ -132,11 +143,12 @@ def _score(logit, weight, factor, QUERIES: tl.constexpr, HEADS: tl.constexpr):
 @triton.jit
 def _into_registers(keys, VENDOR: tl.constexpr):
     """The same keys, as a value that Triton does not know to have come from memory, so it keeps it here."""
-    if VENDOR != "cuda":
-        return keys
-    if keys.dtype == tl.bfloat16:
-        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [keys], keys.dtype, is_pure=True, pack=2)
-    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [keys], keys.dtype, is_pure=True, pack=4)
+    if VENDOR == "cuda":
+        PACK: tl.constexpr = 32 // keys.dtype.primitive_bitwidth
+        keys = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [keys], dtype=keys.dtype, is_pure=True, pack=PACK
+        )
+    return keys
 
 
 # --- kernels
@@ -186,8 +198,9 @@ def _hold_keys(
         begin = tl.min(tl.where(sees, place, TAKEN), 0) // QUERIES * QUERIES
         end = tl.max(tl.where(sees, place + 1, 0), 0)
     if begin < end:
-        keys += batch * (S * J // 8 if FP4 else S * J)
-        keys_KJ, factor = _load_keys(keys, key_scale + batch * (S * J // 32), key, real, J, FP4, E4M3)
+        keys_of = keys + batch * (S * J // 8 if FP4 else S * J)
+        scales_of = key_scale + batch * (S * J // 32)
+        keys_KJ, factor = _load_keys(keys_of, scales_of, key, real, J, FP4, E4M3)
         if IN_REGISTERS:
             keys_KJ = _into_registers(keys_KJ, VENDOR)
         head = tl.arange(0, QUERIES * I)
@@ -245,16 +258,16 @@ def _hold_queries(
         weight = tl.load(weights + query_0 * I + head, mask=taken, other=0.0)
         q_at = head[:, None] * J + tl.arange(0, J)[None, :]
         q_NJ = _load_queries(q + query_0 * (I * J), q_at, taken[:, None], FP4, E4M3)
-        keys += batch * (S * J // 8 if FP4 else S * J)
-        key_scale += batch * (S * J // 32)
-        scores += batch * ROWS * STRIDE
+        keys_of = keys + batch * (S * J // 8 if FP4 else S * J)
+        scales_of = key_scale + batch * (S * J // 32)
+        scores_of = scores + batch * ROWS * STRIDE
         for tile in tl.range(start, end):
             key = tile * KEYS + tl.arange(0, KEYS)
             real = key < S
-            keys_KJ, factor = _load_keys(keys, key_scale, key, real, J, FP4, E4M3)
+            keys_KJ, factor = _load_keys(keys_of, scales_of, key, real, J, FP4, E4M3)
             score = _score(tl.dot(keys_KJ, q_NJ.T), weight, factor, QUERIES, I)
             out_at = which[None, :] * STRIDE + key[:, None]
-            tl.store(scores + out_at, score, mask=real[:, None] & (which < ROWS)[None, :])
+            tl.store(scores_of + out_at, score, mask=real[:, None] & (which < ROWS)[None, :])
 
 
 def index_scores(
