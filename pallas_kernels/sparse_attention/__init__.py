@@ -77,7 +77,7 @@ def _pieces_fit(kv: KeyValues) -> bool:
 
 
 IMPLEMENTATIONS = (
-    Implementation("mosaic", _run_mosaic, fits=_mosaic_fits, proven=False),
+    Implementation("mosaic", _run_mosaic, fits=_mosaic_fits),
     Implementation("triton", _run_triton, fits=_triton_fits),
     Implementation("reference", reference.sparse_attention),
 )

@@ -104,11 +104,8 @@ def _lines(*lines: str) -> str:
 
 
 def rows_text(sizes: Sizes) -> str:
-    """What stands at a thread's places of a block: the first of its rows, and every so many further on.
-
-    Loads here are volatile where they are to start now: others the assembler puts off until they are needed.
-    """
-    step = 128 // sizes.threads_a_row
+    """What stands at a thread's places of a block: the first of its rows, and every so many further on."""
+    step, load = 128 // sizes.threads_a_row, _load(sizes)
     lines = [
         ".reg .pred in_window, there;",
         ".reg .b32 place, length;",
@@ -133,10 +130,15 @@ def rows_text(sizes: Sizes) -> str:
         lines += [
             "setp.lt.u32 there, place, length;",
             f"mov.b32 $result{n}, -1;",
-            f"@there ld.volatile.global.b32 $result{n}, [at+{4 * step * n}];",
+            f"@there {load}.b32 $result{n}, [at+{4 * step * n}];",
             f"add.u32 place, place, {step};",
         ]
     return _lines(*lines)
+
+
+def _load(sizes: Sizes) -> str:
+    """A load that is not volatile the assembler may put off until what it reads is needed."""
+    return "ld.volatile.global" if sizes.early else "ld.global.nc"
 
 
 def _chosen_text(sizes: Sizes, *names: str) -> str:
@@ -236,37 +238,47 @@ def raw_text(sizes: Sizes) -> str:
     ]
     lines += [f"mov.b32 $result{n}, 0;" for n in range(RAW)]
     scales = f"$result{4 * CHUNKS}, $result{4 * CHUNKS + 1}"
-    lines.append(f"@there ld.volatile.global.v2.b32 {{{scales}}}, [scale_at];")
+    lines.append(f"@there {_load(sizes)}.v2.b32 {{{scales}}}, [scale_at];")
+    load = _load(sizes) if sizes.early else "ld.global.nc.L2::128B"
     for chunk in range(CHUNKS):
         words = ", ".join(f"$result{4 * chunk + n}" for n in range(4))
-        lines.append(f"@there ld.volatile.global.v4.b32 {{{words}}}, [at+{64 * chunk}];")
+        lines.append(f"@there {load}.v4.b32 {{{words}}}, [at+{64 * chunk}];")
     return _lines(*lines)
 
 
 def ahead_text(sizes: Sizes) -> str:
-    """Asks the L2 cache for rows: for 128 bytes of codes by each of a row's threads, for the rest by one."""
+    """Asks the L2 cache for rows.
+
+    Early, each of a row's four threads asks for 128 bytes of codes, and two for the rest; or one of them has
+    the copy engine fetch all codes, which takes the warp's threads one after the other, and so on.
+    """
     lines = [
         _chosen_text(sizes, "nope", "scale", "rope"),
-        ".reg .pred there, is_rope, is_scale;",
+        ".reg .pred there, is_nope, is_rope, is_scale;",
         ".reg .b32 lane;",
         ".reg .b64 at, lane_at;",
         "and.b32 lane, $thread, 3;",
         "mul.wide.u32 lane_at, lane, 128;",
     ]
     for n in range(sizes.rows_a_thread):
-        lines += [
-            f"setp.ge.s32 there, $row{n}, 0;",
-            "setp.eq.and.u32 is_rope, lane, 0, there;",
-            "setp.eq.and.u32 is_scale, lane, 1, there;",
-            _address_text("at", "nope", f"$row{n}", NOPE),
-            "and.b64 at, at, -128;",
-            "add.u64 at, at, lane_at;",
-            "@there prefetch.global.L2 [at];",
-            _address_text("at", "rope", f"$row{n}", 4 * PAIRS),
-            "@is_rope prefetch.global.L2 [at];",
-            _address_text("at", "scale", f"$row{n}", 8),
-            "@is_scale prefetch.global.L2 [at];",
-        ]
+        lines.append(f"setp.ge.s32 there, $row{n}, 0;")
+        for number, (name, nbytes) in enumerate((("nope", NOPE), ("rope", 4 * PAIRS), ("scale", 8))):
+            lines += [
+                f"setp.eq.and.u32 is_{name}, lane, {number}, there;",
+                _address_text("at", name, f"$row{n}", nbytes),
+            ]
+            if not sizes.early:
+                aligned = ["and.b64 at, at, -16;"] if nbytes < 16 else []
+                asked = f"cp.async.bulk.prefetch.L2.global [at], {max(nbytes, 16)};"
+                lines += [*aligned, f"@is_{name} {asked}"]
+            elif name == "nope":
+                lines += [
+                    "and.b64 at, at, -128;",
+                    "add.u64 at, at, lane_at;",
+                    "@there prefetch.global.L2 [at];",
+                ]
+            else:
+                lines.append(f"@is_{name} prefetch.global.L2 [at];")
     return _lines(*lines)
 
 

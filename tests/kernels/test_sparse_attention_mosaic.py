@@ -195,7 +195,8 @@ FLASH = shapes(1, 4096, 64, 4223, 128, 4096, 512)
         (Target("cuda", "sm_100"), FLASH, SCALE, False),
         (Target("rocm", "gfx942"), FLASH, SCALE, False),
         (Target("cpu", ""), FLASH, SCALE, False),
-        (H200, shapes(8, 1, 64, 128, 128, 4096, 512), SCALE, False),
+        (H200, shapes(7, 1, 64, 128, 128, 4096, 512), SCALE, False),
+        (H200, shapes(1, 1, 64, 128, 128, 4096, 512, codes=True, turned=True), SCALE, True),
         (H200, shapes(1, 4096, 32, 4223, 128), SCALE, False),
         (H200, shapes(1, 4096, 64, 4223, 128, channels=256), SCALE, False),
         (H200, shapes(1, 4096, 64, 4223, 128, dtype=F32), SCALE, False),
@@ -210,6 +211,7 @@ FLASH = shapes(1, 4096, 64, 4223, 128, 4096, 512)
         "AMD",
         "a CPU",
         "few queries",
+        "one query, codes",
         "32 heads",
         "narrow heads",
         "float32",
@@ -225,9 +227,21 @@ def test_the_kernel_takes(target, arguments, scale, fits):
 
 @pytest.mark.parametrize(
     ("queries", "places", "splits"),
-    [(1, 640, 5), (8, 640, 5), (32, 640, 4), (33, 128, 1), (44, 640, 3), (67, 640, 1), (4096, 8320, 1)],
+    [
+        (1, 640, 5),
+        (8, 640, 5),
+        (32, 640, 4),
+        (33, 128, 1),
+        (44, 640, 3),
+        (67, 640, 1),
+        (4096, 8320, 1),
+        (1, 2048, 8),
+        (1, 8320, 32),
+        (8, 8320, 16),
+    ],
 )
 def test_splits_leave_no_multiprocessor_idle_and_no_program_without_keys(queries, places, splits):
     sizes = Sizes(1, queries, 1, 200, 128, 9000, places - 128)
 
     assert config_for(sizes).splits == splits
+    assert config_for(sizes).cluster == (1 < splits <= 8)
