@@ -3,8 +3,8 @@
 Norm, rotary embedding and quantisation of whole vectors, each op in one pass. A rotation comes as cosine and
 sine of each pair's angle, so that layers share them; it turns the last 2 * pairs columns, two neighbours at a
 time. Between two steps numbers are rounded to the dtype of the input. Where an op takes some columns of a
-product, it is given the whole product and where they begin: a slice would be a kernel of its own. What a cache
-is to keep is written into it by the op that makes it.
+product, it is given the whole product and where they begin: a slice would be a kernel of its own. What a
+cache is to keep is written into it by the op that makes it.
 """
 
 import jax.numpy as jnp
@@ -261,8 +261,8 @@ def compressed_entries[Rows: CachedRows](
 
     Also the rings with the raw rows of those tokens. Entry i of a sequence covers positions i * ratio to
     (i + 1) * ratio - 1. What is pooled how is said at `compress`; what precedes the text takes no part.
-    `compress` is followed by a rounding to `dtype`, an RMSNorm, and then by what `attention_latents` does with
-    key-values, or, `for_index`, what becomes of queries in `index_query` up to their format.
+    `compress` is followed by a rounding to `dtype`, an RMSNorm, and then by what `attention_latents` does
+    with key-values, or, `for_index`, by what becomes of queries in `index_query`.
 
     Args:
       projected: a product, whose C columns from `column` on are the values of the new tokens, and the C after

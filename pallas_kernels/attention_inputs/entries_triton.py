@@ -1,4 +1,4 @@
-"""`compressed_entries` in Triton: each program makes one entry, from raw rows to the bytes that the cache keeps.
+"""`compressed_entries` in Triton: a program makes one entry, from raw rows to the bytes that the cache keeps.
 
 Most decode steps complete no entry: their programs put the new rows into the rings and are gone.
 """

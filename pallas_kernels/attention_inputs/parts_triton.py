@@ -121,8 +121,9 @@ def requantized(
 
 @triton.jit
 def e4m3_byte(x):
-    """The nearest of E4M3, of numbers that are not beyond it: its bits are those of a float32 that is 2^-120 of
-    it. On any chip, as some have other FP8 numbers, or none.
+    """The nearest of E4M3, of numbers that are not beyond it, on any chip: some have other FP8 numbers, or none.
+
+    Its bits are those of a float32 that is 2^-120 of it.
     """
     bits = (x * 2.0**-120).to(tl.int32, bitcast=True)
     nearest = bits + 0x7FFFF + ((bits >> 20) & 1)
