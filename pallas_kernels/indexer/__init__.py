@@ -21,9 +21,9 @@ def _scores_triton(*args):
 
 
 def _select_triton(*args):
-    from pallas_kernels.indexer import select, triton
+    from pallas_kernels.indexer import blocks, triton
 
-    return select.index_select(triton.index_scores, *args)
+    return blocks.index_select(triton.index_scores, *args)
 
 
 def _scores_mosaic(*args):
@@ -33,9 +33,9 @@ def _scores_mosaic(*args):
 
 
 def _select_mosaic(*args):
-    from pallas_kernels.indexer import mosaic, select
+    from pallas_kernels.indexer import blocks, mosaic
 
-    return select.index_select(mosaic.index_scores, *args)
+    return blocks.index_select(mosaic.index_scores, *args)
 
 
 def _scores_fit(target: Target, q, keys, weights) -> bool:

@@ -87,7 +87,7 @@ def save(rows: list[dict[str, Any]], path: Path) -> None:
 def repeated(run: Callable[..., Any], passes: int) -> Any:
     """A jitted function of a list of inputs and a number of rounds, each `passes` times `run` on each input.
 
-    It returns what the last pass gave. In a loop, because CUDA replays its body as one graph; a program
+    It returns what all passes of the last round gave. In a loop, because CUDA replays its body as one graph; a program
     without one has new places for its results every time, for which the graph has to be made anew.
     """
 
@@ -95,14 +95,15 @@ def repeated(run: Callable[..., Any], passes: int) -> Any:
         return [run(*each) for each in inputs]
 
     def one_round(_: Any, carry: tuple[list[Any], list[Any]]) -> tuple[list[Any], list[Any]]:
-        inputs, found = carry
+        inputs, found = carry[0], []
         for _ in range(passes):
             # To XLA the next pass hangs on this one's results: it can neither hoist nor merge its calls.
-            inputs, found = jax.lax.optimization_barrier((inputs, one_pass(inputs)))
+            inputs, these = jax.lax.optimization_barrier((inputs, one_pass(inputs)))
+            found += these  # of what nobody asks for it would make nothing
         return inputs, found
 
     def all_rounds(inputs: list[Any], rounds: jax.Array) -> list[Any]:
-        shapes = jax.eval_shape(one_pass, inputs)
+        shapes = jax.eval_shape(one_pass, inputs) * passes
         zeros = jax.tree.map(lambda out: jnp.zeros(out.shape, out.dtype), shapes)
         return jax.lax.fori_loop(0, rounds, one_round, (inputs, zeros))[1]
 
