@@ -70,12 +70,12 @@ def test_generate_compiles_nothing_that_warmup_has_compiled(tmp_path, text_check
 
     warmed = command("warmup")
     before = kept()
-    answered = command("generate", "--tokens", "3,4,5", "--max-tokens", "4", "--temperature", "0")
+    answered = command("generate", "--tokens", "3,4,5", "--max-tokens", "4", "--temperature", "0", "--json")
 
     assert "programs ready in" in warmed.stderr
     assert len(before) >= 3  # pieces of prompts, first tokens, decode steps
     assert kept() == before
-    assert len(answered.stdout.split(",")) == 4
+    assert len(json.loads(answered.stdout)["token_ids"]) == 4
 
 
 def test_the_module_is_the_command():
