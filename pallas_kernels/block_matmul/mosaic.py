@@ -18,7 +18,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.block_matmul import wgmma
+from pallas_kernels.block_matmul import cluster_sum, wgmma
+from pallas_kernels.block_matmul.cluster_sum import Exchange
 from pallas_kernels.block_matmul.tiles import BLOCK
 from pallas_kernels.block_matmul.wgmma import HEIGHT, SWIZZLED
 from pallas_kernels.formats import QuantArray
@@ -44,13 +45,14 @@ class Config(NamedTuple):
     Attributes:
       tokens: rows of x in a tile: 64 or 128 of each consumer.
       rows: rows of the weight in a tile: 64, 128, 192 or 256.
-      stages: blocks of 128 columns that are under way or in use.
+      stages: blocks of 128 columns that are under way or in use, at least 2.
       slots: pieces of 64 x 64 of the result that a consumer can have on their way out.
       band: tiles of tokens that go before the next ones, so that the L2 cache holds what they share.
       consumers: warpgroups that multiply, 2 or 3, each so many of the tokens: while one promotes, the tensor
         core has the others' products to work on.
-      sharers: tiles side by side whose programs are a cluster and share the tokens: each loads a part of
-        them, which the copy engine gives to all.
+      ahead: starts a product before the one before it is promoted. It takes registers for two, and pays
+        where a multiprocessor has one narrow tile.
+      splits: parts of K, for a program of a cluster each, where there are too few tiles: 1, 2 or 4.
     """
 
     tokens: int = 128
@@ -59,13 +61,24 @@ class Config(NamedTuple):
     slots: int = 2
     band: int = 8
     consumers: int = 2
-    sharers: int = 1
     ahead: bool = False
+    splits: int = 1
 
     @property
     def shared_bytes(self) -> int:
         loaded = (self.tokens + self.rows) * BLOCK * self.stages
-        return loaded + self.consumers * self.slots * HEIGHT * self.out_columns * 2
+        leaving = self.slots * HEIGHT * self.out_columns * 2
+        return loaded + self.consumers * (leaving + self.exchange.received_bytes)
+
+    @property
+    def waves(self) -> int:
+        """Of 64 tokens each, of a consumer."""
+        return self.tokens // self.consumers // HEIGHT
+
+    @property
+    def exchange(self) -> Exchange:
+        """Of sums: each program owns a part of the rows."""
+        return Exchange(self.splits, self.waves, self.rows // self.splits)
 
     @property
     def width(self) -> int:
@@ -77,11 +90,6 @@ class Config(NamedTuple):
     def out_columns(self) -> int:
         """Of a piece of the result on its way out."""
         return 64 if self.width % 64 == 0 else 32
-
-    @property
-    def products(self) -> int:
-        """Of a consumer, for one block of columns."""
-        return self.tokens // self.consumers // HEIGHT * self.rows // self.width
 
 
 class Shape(NamedTuple):
@@ -148,20 +156,21 @@ class Plan(NamedTuple):
 
     @property
     def across(self) -> int:
-        """Tiles along the rows of the weight, those that share tokens together."""
-        return -(-self.shape.rows // (self.config.rows * self.config.sharers))
+        """Tiles along the rows of the weight."""
+        return -(-self.shape.rows // self.config.rows)
 
     @property
     def steps(self) -> int:
-        return self.shape.columns // BLOCK
+        """Blocks of columns in a part of K."""
+        return self.shape.columns // BLOCK // self.config.splits
 
     @property
     def programs(self) -> int:
         """As many, or as many clusters of them, as run at once, or fewer if there is not a tile for each."""
-        return min(MULTIPROCESSORS // self.config.sharers, self.down * self.across)
+        return min(MULTIPROCESSORS // self.config.splits, self.down * self.across)
 
     def start(self, tile: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """First token of a tile, and first row, of all tiles that share the tokens."""
+        """First token and first row of a tile."""
         band = min(self.config.band, self.down)
         first = lax.div(tile, band * self.across) * band
         place = lax.rem(tile, band * self.across)
@@ -171,7 +180,7 @@ class Plan(NamedTuple):
         # A last tile that would reach past the tokens starts earlier: some are computed twice, to the same
         # bits, and none is read that does not exist.
         token = jnp.minimum(down * self.config.tokens, self.shape.tokens - self.config.tokens)
-        return token, across * (self.config.rows * self.config.sharers)
+        return token, across * self.config.rows
 
 
 # --- scales
@@ -203,16 +212,19 @@ class Scales(NamedTuple):
 
 
 def _kernel(plan: Plan, x: Any, x_scale: Any, w: Any, w_scale: Any, out: Any, *scratch: Any) -> None:
-    x_tiles, w_tiles, out_pieces, full, free = scratch
+    x_tiles, w_tiles, out_pieces, full, free, *cluster = scratch
     config, (_, rows, _), steps = plan.config, plan.shape, plan.steps
     group, program = lax.axis_index("warpgroup"), lax.axis_index("program")
     tiles = plan.down * plan.across
     mine = lax.div(tiles - program + plan.programs - 1, jnp.int32(plan.programs))
+    me = lax.axis_index(cluster_sum.AXIS) if config.splits > 1 else jnp.int32(0)
+    first_step = me * steps
+    if config.splits > 1:
+        cluster_sum.prepare(config.exchange, cluster[1], group)
 
     def start(number: jax.Array) -> tuple[jax.Array, jax.Array]:
         """First token and row of the program's tile of this number."""
-        token, row = plan.start(program + number * plan.programs)
-        return token, row + lax.axis_index("sharer") * config.rows if config.sharers > 1 else row
+        return plan.start(program + number * plan.programs)
 
     def producer() -> None:
         plgpu.set_max_registers(REGISTERS[config.consumers][0], action="decrease")
@@ -230,10 +242,10 @@ def _kernel(plan: Plan, x: Any, x_scale: Any, w: Any, w_scale: Any, out: Any, *s
                 def _() -> None:
                     plgpu.barrier_wait(free.at[slot])
 
-                columns, shared = pl.ds(step * BLOCK, BLOCK), "sharer" if config.sharers > 1 else None
-                for source, tile, at, axes in ((x, x_tiles, token, shared), (w, w_tiles, row, None)):
+                columns = pl.ds((first_step + step) * BLOCK, BLOCK)
+                for source, tile, at in ((x, x_tiles, token), (w, w_tiles, row)):
                     rows = source.at[pl.ds(at, tile.shape[1]), columns]
-                    plgpu.copy_gmem_to_smem(rows, tile.at[slot], full.at[slot], collective_axes=axes)
+                    plgpu.copy_gmem_to_smem(rows, tile.at[slot], full.at[slot])
 
         # Consumers wait for one stage more than there is: it is full of nothing.
         count = mine * steps
@@ -246,6 +258,9 @@ def _kernel(plan: Plan, x: Any, x_scale: Any, w: Any, w_scale: Any, out: Any, *s
         plgpu.barrier_arrive(full.at[slot])
         plgpu.barrier_arrive(full.at[slot])
 
+        if config.splits > 1:
+            cluster_sum.meet()
+
         # Leave when all has been reported: the interpreter wants every phase of a barrier seen.
         @pl.loop(jnp.maximum(count - config.stages + 1, 0), count)
         def _(count: jax.Array) -> None:
@@ -254,7 +269,7 @@ def _kernel(plan: Plan, x: Any, x_scale: Any, w: Any, w_scale: Any, out: Any, *s
     def consumer() -> None:
         plgpu.set_max_registers(REGISTERS[config.consumers][1], action="increase")
         share = config.tokens // config.consumers
-        waves, width, out_columns = share // HEIGHT, config.width, config.out_columns
+        waves, width, out_columns = config.waves, config.width, config.out_columns
         # Rows that share their scales wherever a tile starts, and those of them in one product.
         scaled = math.gcd(config.rows, BLOCK)
         chunk = math.gcd(scaled, width)
@@ -265,17 +280,17 @@ def _kernel(plan: Plan, x: Any, x_scale: Any, w: Any, w_scale: Any, out: Any, *s
 
         def load_scales(number: jax.Array, step: jax.Array) -> Scales:
             token, row = start(number)
-            first = token + group * share
+            first, block = token + group * share, first_step + step
             at = [
                 jnp.minimum(lax.div(row + n, BLOCK), -(-rows // BLOCK) - 1)
                 for n in range(0, config.rows, scaled)
             ]
             return Scales(
                 tuple(
-                    plgpu.load(x_scale.at[pl.ds(first + n, HEIGHT), step], layout=ROW, optimized=False)
+                    plgpu.load(x_scale.at[pl.ds(first + n, HEIGHT), block], layout=ROW, optimized=False)
                     for n in range(0, share, HEIGHT)
                 ),
-                tuple(w_scale[n, step] for n in at),
+                tuple(w_scale[n, block] for n in at),
             )
 
         def begin(place: tuple[int, int], slot: jax.Array, spent: jax.Array) -> jax.Array:
@@ -283,9 +298,10 @@ def _kernel(plan: Plan, x: Any, x_scale: Any, w: Any, w_scale: Any, out: Any, *s
             return wgmma.start(x_tiles, w_tiles, slot, token, row, spent)
 
         def multiply(number: jax.Array, scales: Scales, parts: Any, slot: jax.Array) -> Any:
-            """Sums of one tile by wave and chunk; `scales` are of its first step, whose first product has begun.
+            """Sums of one tile by wave and chunk; `scales` are of its first step.
 
-            The first product of whatever comes next is begun when it ends.
+            Unless two are on their way at a time, its first product has begun, and when it ends, so has that of
+            whatever comes next.
             """
 
             def one_step(step: jax.Array, ends: bool, carry: Any) -> Any:
@@ -311,7 +327,9 @@ def _kernel(plan: Plan, x: Any, x_scale: Any, w: Any, w_scale: Any, out: Any, *s
                         plgpu.barrier_arrive(free.at[slot])
                     for n in range(0, width, chunk):
                         place = (row + n) // chunk
-                        factor = lax.broadcast_in_dim(factors[wave][(row + n) // scaled], (HEIGHT, chunk), [0])
+                        factor = lax.broadcast_in_dim(
+                            factors[wave][(row + n) // scaled], (HEIGHT, chunk), [0]
+                        )
                         sums[wave][place] += parts[0][:, n : n + chunk] * factor
                     if config.ahead:
                         parts.reverse()
@@ -336,10 +354,33 @@ def _kernel(plan: Plan, x: Any, x_scale: Any, w: Any, w_scale: Any, out: Any, *s
         def zeros(columns: int) -> jax.Array:
             return plgpu.layout_cast(jnp.zeros((HEIGHT, columns), jnp.float32), plgpu.Layout.WGMMA)
 
+        def add_up(sums: list[list[jax.Array]]) -> list[list[jax.Array]]:
+            """Of all parts of K, those rows that this program owns."""
+            exchange = config.exchange
+            columns = range(0, config.rows, exchange.width)
+            parts = [
+                [wave[n // chunk][:, n % chunk :][:, : exchange.width] for n in columns] for wave in sums
+            ]
+            own = [wave[0] for wave in parts]
+            cluster_sum.meet()
+            for piece, wave in enumerate(parts):
+                for owner, part in enumerate(wave):
+                    owned = lax.broadcast_in_dim(me == owner, part.shape, [])
+                    own[piece] = lax.select(owned, part, own[piece])
+
+                    @pl.when(me != owner)
+                    def _(piece: int = piece, owner: int = owner, part: jax.Array = part) -> None:
+                        cluster_sum.send(exchange, part, piece, jnp.int32(owner), *cluster, group)
+
+            return [[cluster_sum.receive(exchange, own[n], n, *cluster, group)] for n in range(waves)]
+
         def write(number: jax.Array, sums: list[list[jax.Array]]) -> None:
             """The tile to memory, piece by piece; the stores of the last pieces are left under way."""
             token, row = start(number)
-            places = [(wave, n) for wave in range(waves) for n in range(0, config.rows, out_columns)]
+            if config.splits > 1:
+                sums, row = add_up(sums), row + me * config.exchange.width
+            held = sums[0][0].shape[1]
+            places = [(wave, n) for wave in range(waves) for n in range(0, held * len(sums[0]), out_columns)]
             at_once = config.slots if config.slots == len(places) else max(1, config.slots // 2)
             for first in range(0, len(places), at_once):
                 # The pieces just before these may still be on their way out, if theirs are other slots.
@@ -347,7 +388,7 @@ def _kernel(plan: Plan, x: Any, x_scale: Any, w: Any, w_scale: Any, out: Any, *s
                 plgpu.wait_smem_to_gmem(config.slots - at_once if known else 0, wait_read_only=True)
                 group_places = list(enumerate(places[first : first + at_once], first))
                 for place, (wave, n) in group_places:
-                    values = sums[wave][n // chunk][:, n % chunk : n % chunk + out_columns]
+                    values = sums[wave][n // held][:, n % held : n % held + out_columns]
                     out_pieces.at[group, place % config.slots][...] = values.astype(out.dtype)
                 plgpu.commit_smem()
                 for place, (wave, n) in group_places:
@@ -387,13 +428,9 @@ def _launch(
 ) -> jax.Array:
     """[tokens, rows] in bfloat16. A jit of its own, so that calls of one shape share one lowering."""
     plan = Plan(Shape(x.shape[0], *w.shape), config)
-    if config.sharers > 1:
-        collective: Any = {"cluster": (config.sharers,), "cluster_names": ("sharer",)}
-        free: Any = plgpu.ClusterBarrier(
-            collective_axes=("sharer",), num_arrivals=config.consumers, num_barriers=config.stages
-        )
-    else:
-        collective, free = {}, plgpu.Barrier(num_arrivals=config.consumers, num_barriers=config.stages)
+    collective: Any = {}
+    if config.splits > 1:
+        collective = {"cluster": (config.splits,), "cluster_names": (cluster_sum.AXIS,)}
     return plgpu.kernel(
         functools.partial(_kernel, plan),
         out_type=jax.ShapeDtypeStruct((x.shape[0], w.shape[0]), jnp.bfloat16),
@@ -406,7 +443,8 @@ def _launch(
                 transforms=(plgpu.SwizzleTransform(2 * config.out_columns),),
             ),
             plgpu.Barrier(num_arrivals=2, num_barriers=config.stages),
-            free,
+            plgpu.Barrier(num_arrivals=config.consumers, num_barriers=config.stages),
+            *(config.exchange.scratch(config.consumers) if config.splits > 1 else []),
         ),
         grid=(plan.programs,),
         grid_names=("program",),
@@ -433,6 +471,9 @@ def block_matmul(
     config = config or config_for(shape)
     if shape.tokens < config.tokens:
         raise ValueError(f"{config} does not take {shape.tokens} tokens")
+    plan = Plan(shape, config)
+    if columns // BLOCK % config.splits or (config.splits > 1 and plan.down * plan.across > plan.programs):
+        raise ValueError(f"{config} does not split {columns} columns, or has more than one tile a program")
     if config.shared_bytes > SHARED_BYTES:
         raise ValueError(
             f"{config} needs {config.shared_bytes} bytes of shared memory, there are {SHARED_BYTES}"

@@ -12,22 +12,19 @@ neighbouring rows need the same tokens: each brings a part of a tile and the cop
 
 import functools
 import math
-import re
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
-from jax.experimental.mosaic.gpu.fragmented_array import WGMMA_LAYOUT, WGMMA_LAYOUT_ACC_32BIT
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, vector
+from jaxlib.mlir.dialects import arith, llvm
 
-from pallas_kernels.block_matmul import wgmma
+from pallas_kernels.block_matmul import cluster_sum, wgmma
+from pallas_kernels.block_matmul.cluster_sum import Exchange
 from pallas_kernels.block_matmul.tiles import BLOCK
 from pallas_kernels.block_matmul.wgmma import HEIGHT, SWIZZLED
 from pallas_kernels.formats import QuantArray
@@ -40,6 +37,7 @@ MULTIPROCESSORS = 132
 MOST_BARRIERS = 32  # of one array, in Mosaic
 MOST_TOKENS = 256  # that it takes where nothing was measured
 TOKEN = plgpu.Layout.WGMMA.reduce(0)  # one number a token, where a product has that token
+TOGETHER = 4  # blocks of columns in one turn of the loop
 PADDING = 2  # numbers between steps of the table of scales: a warp's stores meet other banks
 
 
@@ -101,11 +99,15 @@ class Config(NamedTuple):
             return None
         return 24, min(232, (at_start * (self.consumers + 1) - 24) // self.consumers // 8 * 8)
 
+    @property
+    def exchange(self) -> Exchange:
+        return Exchange(self.splits, 1, self.piece)
+
     def shared_bytes(self, steps: int) -> int:
         """Of shared memory, for so many blocks of columns in each part of K."""
         loaded = (self.tokens + self.rows) * BLOCK * self.blocks * self.stages
         table = self.tables * steps * (self.share + PADDING) * 4
-        received = self.consumers * (self.splits - 1) * HEIGHT * self.piece * 4
+        received = self.consumers * self.exchange.received_bytes
         return loaded + table + received + self.consumers * self.piece * HEIGHT * 2
 
 
@@ -162,11 +164,6 @@ MEASURED: dict[tuple[int, int], dict[int, Config]] = {}
 # --- scales
 
 
-def _thread() -> ir.Value:
-    """Its number in the warpgroup."""
-    return arith.remui(mgpu_utils.thread_idx(), mgpu_utils.c(128, ir.IntegerType.get_signless(32)))
-
-
 def _load_factors(
     table: Any,
     x_scale: Any,
@@ -209,7 +206,7 @@ def _load_factors(
         block = arith.divui(row, c(BLOCK))
         # Threads side by side take steps side by side, which are neighbours in memory.
         for n in range(0, count, 128):
-            flat = arith.minsi(arith.addi(_thread(), c(n)), c(count - 1))
+            flat = arith.minsi(arith.addi(cluster_sum.thread(), c(n)), c(count - 1))
             other, step = arith.divui(flat, c(steps)), arith.remui(flat, c(steps))
             column = arith.addi(first, step)
             scale = number(x_scale, arith.addi(token, other), column)
@@ -224,140 +221,6 @@ def _load_factors(
     inline(emit)(table, x_scale, w_scale, place, token, row, step)
 
 
-# --- sums of the parts of K
-#
-# A barrier in shared memory counts the bytes that a consumer's piece receives. Mosaic's own stores to another
-# program's memory announce their bytes there, which first waits for all memory operations of the sender; here
-# the receiver announces them to itself, at the start.
-
-
-def _assemble(text: str, names: str, values: list[ir.Value]) -> None:
-    """Inline PTX without results: `$name` is the value in the place of the name."""
-    kinds = {ir.F32Type.get(): "f", ir.IntegerType.get_signless(32): "r"}
-    for number, name in enumerate(names.split()):
-        text = re.sub(rf"\${name}\b", f"${number}", text)
-    constraints = ",".join(kinds[value.type] for value in values)
-    llvm.inline_asm(ir.Type.parse("!llvm.void"), values, text, constraints, has_side_effects=True)
-
-
-def _address(ref: ir.Value, *offsets: Any) -> ir.Value:
-    """Of shared memory, with bytes added."""
-    i32 = ir.IntegerType.get_signless(32)
-    return functools.reduce(arith.addi, offsets, llvm.ptrtoint(i32, mgpu_utils.memref_ptr(ref)))
-
-
-def _open(config: Config, arrived: Any, group: jax.Array) -> None:
-    """Makes a consumer's barrier, which opens when all has been received, and tells the cluster.
-
-    The fence is all that others must see; a release would wait for every memory operation before it.
-    """
-
-    def emit(_, arrived: ir.Value, group: Any) -> None:
-        i32 = ir.IntegerType.get_signless(32)
-        bytes = (config.splits - 1) * HEIGHT * config.piece * 4
-        barrier = _address(arrived, arith.muli(group.registers.item(), mgpu_utils.c(8, i32)))
-        text = f"""{{
-            .reg .pred one;
-            setp.eq.u32 one, $thread, 0;
-            @one mbarrier.init.shared::cta.b64 [$barrier], 1;
-            @one mbarrier.arrive.expect_tx.shared::cta.b64 _, [$barrier], {bytes};
-            @one fence.mbarrier_init.release.cluster;
-            barrier.cluster.arrive.relaxed;
-        }}"""
-        _assemble(text, "thread barrier", [_thread(), barrier])
-
-    inline: Any = plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
-    inline(emit)(arrived, group)
-
-
-def _meet() -> None:
-    """Nothing follows before all programs of the cluster have opened their barriers."""
-    inline: Any = plgpu.inline_mgpu()
-    inline(lambda _: _assemble("barrier.cluster.wait.acquire;", "", []))()
-
-
-def _send(
-    config: Config, piece: jax.Array, owner: jax.Array, received: Any, arrived: Any, group: jax.Array
-) -> None:
-    """A piece of sums to another program of the cluster, which keeps the place for it."""
-    count = config.piece // 2  # numbers of a thread
-    me = lax.axis_index("split")
-    place = lax.rem(me - owner - 1 + config.splits, jnp.int32(config.splits))
-    start = (group * (config.splits - 1) + place) * (HEIGHT * config.piece * 4)
-
-    def emit(_, received: ir.Value, arrived: ir.Value, *values: mgpu.FragmentedArray) -> None:
-        i32 = ir.IntegerType.get_signless(32)
-        start, group, further = (value.registers.item() for value in values[:3])
-        sums = [
-            vector.extract(each, [], [0])
-            for each in values[3].to_layout(WGMMA_LAYOUT_ACC_32BIT).registers.flat
-        ]
-        to = _address(received, start, arith.muli(_thread(), mgpu_utils.c(16, i32)))
-        barrier = _address(arrived, arith.muli(group, mgpu_utils.c(8, i32)))
-        lines = [
-            ".reg .b32 rank, to, barrier;",
-            "mov.u32 rank, %cluster_ctarank;",
-            "add.s32 rank, rank, $further;",
-            "mapa.shared::cluster.u32 to, $to, rank;",
-            "mapa.shared::cluster.u32 barrier, $barrier, rank;",
-        ]
-        store = "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32"
-        for n in range(0, count, 4):
-            four = ", ".join(f"$s{n + m}" for m in range(4))
-            lines.append(f"{store} [to+{n // 4 * 2048}], {{{four}}}, [barrier];")
-        names = ["to", "barrier", "further", *(f"s{n}" for n in range(count))]
-        _assemble("{ " + "\n".join(lines) + " }", " ".join(names), [to, barrier, further, *sums])
-
-    ref, number = plgpu.RefType(), plgpu.Layout.WG_SPLAT
-    inline: Any = plgpu.inline_mgpu(arg_types=(ref, ref, number, number, number, plgpu.Layout.WGMMA))
-    inline(emit)(received, arrived, start, group, owner - me, piece)
-
-
-def _receive(config: Config, total: jax.Array, received: Any, arrived: Any, group: jax.Array) -> jax.Array:
-    """A piece with all that was sent added, in a fixed order."""
-    count = config.piece // 2
-
-    def emit(_, received: ir.Value, arrived: ir.Value, group: Any, total: mgpu.FragmentedArray) -> Any:
-        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
-        group = group.registers.item()
-        size = mgpu_utils.c((config.splits - 1) * HEIGHT * config.piece * 4, i32)
-        place = _address(received, arith.muli(group, size), arith.muli(_thread(), mgpu_utils.c(16, i32)))
-        barrier = _address(arrived, arith.muli(group, mgpu_utils.c(8, i32)))
-        total = total.to_layout(WGMMA_LAYOUT_ACC_32BIT)
-        sums = [vector.extract(each, [], [0]) for each in total.registers.flat]
-        lines = [
-            ".reg .pred done;",
-            ".reg .f32 v<4>;",
-            "again:",
-            f"mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [${2 * count + 1}], 0;",
-            "@!done bra again;",
-        ]
-        for n in range(0, (config.splits - 1) * count, 4):
-            lines.append(f"ld.shared.v4.f32 {{v0, v1, v2, v3}}, [${2 * count}+{n // 4 * 2048}];")
-            lines += [f"add.f32 ${(n + m) % count}, ${(n + m) % count}, v{m};" for m in range(4)]
-        results = llvm.inline_asm(
-            llvm.StructType.get_literal([f32] * count),
-            [*sums, place, barrier],
-            "{ " + "\n".join(lines) + " }",
-            ",".join(["=f"] * count + [str(n) for n in range(count)] + ["r", "r"]),
-            has_side_effects=True,
-        )
-        values = [llvm.extractvalue(f32, results, [n]) for n in range(count)]
-        vectors = [vector.broadcast(ir.VectorType.get((1,), f32), value) for value in values]
-        return mgpu.FragmentedArray(
-            _registers=np.array(vectors, dtype=object).reshape(total.registers.shape),
-            _layout=WGMMA_LAYOUT_ACC_32BIT,
-            _is_signed=None,
-        ).to_layout(WGMMA_LAYOUT)
-
-    ref = plgpu.RefType()
-    inline: Any = plgpu.inline_mgpu(
-        arg_types=(ref, ref, plgpu.Layout.WG_SPLAT, plgpu.Layout.WGMMA),
-        return_type=plgpu.ShapeDtypeStruct((HEIGHT, config.piece), jnp.float32, layout=plgpu.Layout.WGMMA),
-    )
-    return inline(emit)(received, arrived, group, total)
-
-
 # --- the kernel
 
 
@@ -368,7 +231,7 @@ def _kernel(
     steps = shape.columns // BLOCK // config.splits
     group = lax.axis_index("warpgroup")
     if config.splits > 1:
-        _open(config, more[1], group)
+        cluster_sum.prepare(config.exchange, more[1], group)
     tile = lax.axis_index("tile") * config.sharers + lax.axis_index("sharer")
     token, row = lax.axis_index("tokens") * config.tokens, tile * config.rows
     first = lax.axis_index("split") * steps
@@ -398,7 +261,7 @@ def _kernel(
         slot = lax.fori_loop(0, steps // config.blocks, one_stage, jnp.int32(0))
 
         if config.splits > 1:
-            _meet()
+            cluster_sum.meet()
 
         # Leave when all has been reported: a program that is gone must not hear from its cluster.
         def one_report(_, slot: jax.Array) -> jax.Array:
@@ -419,35 +282,49 @@ def _kernel(
         def zeros(columns: int) -> jax.Array:
             return plgpu.layout_cast(jnp.zeros((HEIGHT, columns), jnp.float32), plgpu.Layout.WGMMA)
 
-        def one_stage(number: jax.Array, carry: Any) -> Any:
-            sums, parts, slot = carry
-            sums, parts = list(sums), list(parts)
-            plgpu.barrier_wait(full.at[slot])
-            products = [(block, start) for block in range(config.blocks) for start in starts]
+        stages = steps // config.blocks
+        # Of one turn of the loop: a product is begun before the one before it has given its stage back.
+        together = math.gcd(stages, max(1, TOGETHER // config.blocks)) if config.stages > 1 else 1
 
-            def begin(product: tuple[int, int], spent: jax.Array) -> jax.Array:
-                block, start = product
-                at = slot * config.blocks + block
+        def some_stages(turn: jax.Array, carry: Any) -> Any:
+            sums, parts, slot = carry
+            sums, parts, slots = list(sums), list(parts), [slot]
+            for _ in range(together):
+                slots.append(jnp.where(slots[-1] == last, 0, slots[-1] + 1))
+            products = [
+                (stage, block, start)
+                for stage in range(together)
+                for block in range(config.blocks)
+                for start in starts
+            ]
+
+            def begin(product: tuple[int, int, int], spent: jax.Array) -> jax.Array:
+                stage, block, start = product
+                at = slots[stage] * config.blocks + block
                 return wgmma.start(w_tiles, x_tiles, at, a_row, b_row + start, spent)
 
+            plgpu.barrier_wait(full.at[slot])
             parts[0] = begin(products[0], parts[0])
             for product, following in zip(products, [*products[1:], None], strict=True):
+                stage, block, start = product
+                ends = following is None or following[0] != stage
                 if following:  # the tensor core has work while this product is promoted
+                    if ends:
+                        plgpu.barrier_wait(full.at[slots[following[0]]])
                     parts[1] = begin(following, parts[1])
-                block, start = product
-                scales = table.at[place, number * config.blocks + block, pl.ds(start, config.width)]
+                step = (turn * together + stage) * config.blocks + block
+                scales = table.at[place, step, pl.ds(start, config.width)]
                 factor = plgpu.load(scales, layout=TOKEN, optimized=False)
                 parts[0] = wgmma.finish(parts[0], later=1 if following else 0)
-                if not following:
-                    plgpu.barrier_arrive(free.at[slot])
+                if ends:
+                    plgpu.barrier_arrive(free.at[slots[stage]])
                 sums[start // config.width] += parts[0] * lax.broadcast_in_dim(factor, parts[0].shape, [1])
                 if following:
                     parts.reverse()
-            return tuple(sums), tuple(parts), jnp.where(slot == last, 0, slot + 1)
+            return tuple(sums), tuple(parts), slots[-1]
 
         sums, parts = (tuple(zeros(config.width) for _ in each) for each in (starts, range(2)))
-        stages = steps // config.blocks
-        sums, _, _ = lax.fori_loop(0, stages, one_stage, (sums, parts, jnp.int32(0)))
+        sums, _, _ = lax.fori_loop(0, stages // together, some_stages, (sums, parts, jnp.int32(0)))
         pieces = [
             sums[n // config.width][:, n % config.width : n % config.width + config.piece]
             for n in range(0, config.share, config.piece)
@@ -471,18 +348,18 @@ def _kernel(
         me, splits = lax.axis_index("split"), jnp.int32(config.splits)
         mine = lax.rem(me + splits - lax.rem(group * config.parts, splits), splits)
         own = pieces[0]
-        _meet()
+        cluster_sum.meet()
         for number, piece in enumerate(pieces):
             own = lax.select(lax.broadcast_in_dim(mine == number, piece.shape, []), piece, own)
 
             @pl.when(mine != number)
             def _(number: int = number, piece: jax.Array = piece) -> None:
                 owner = lax.rem(group * config.parts + number, splits)
-                _send(config, piece, owner, received, arrived, group)
+                cluster_sum.send(config.exchange, piece, 0, owner, received, arrived, group)
 
         @pl.when(mine < config.parts)
         def _() -> None:
-            write(_receive(config, own, received, arrived, group), mine)
+            write(cluster_sum.receive(config.exchange, own, 0, received, arrived, group), mine)
 
     lax.cond(group == config.consumers, producer, consumer)
 
@@ -518,10 +395,7 @@ def _launch(
     else:
         scratch.append(plgpu.Barrier(num_arrivals=consumers, num_barriers=config.stages))
     if config.splits > 1:
-        scratch += [
-            plgpu.SMEM((consumers * (config.splits - 1) * HEIGHT * piece,), jnp.float32),
-            plgpu.SMEM((consumers + 1, 2), jnp.uint32),  # barriers of 8 bytes; that of the producer is unused
-        ]
+        scratch += config.exchange.scratch(consumers)
     return plgpu.kernel(
         functools.partial(_kernel, shape, config),
         out_type=jax.ShapeDtypeStruct((shape.tokens, shape.rows), jnp.bfloat16),

@@ -4,10 +4,8 @@ The interpreter runs all but our own PTX, for which these tests put plain functi
 core, the table of scales, and what the programs of a cluster send each other. The PTX is checked on a GPU.
 """
 
-import collections
 import functools
 import os
-import threading
 from typing import Any
 
 import jax
@@ -15,11 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from jax.experimental import io_callback
-from jax.experimental import pallas as pl
 
 from pallas_kernels import QuantArray, Target
-from pallas_kernels.block_matmul import MATMUL, block_matmul, mosaic_few, reference, wgmma
+from pallas_kernels.block_matmul import MATMUL, block_matmul, mosaic_few, reference
 from pallas_kernels.block_matmul.mosaic_few import Config, Shape, config_for
 
 plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
@@ -89,12 +85,6 @@ def test_the_kernel_lowers_with(config, scale):
 # --- it is right
 
 
-def plain_product(a: Any, b: Any, slot: Any, a_row: Any, b_row: Any, spent: jax.Array) -> jax.Array:
-    height, width = spent.shape
-    a_rows, b_rows = a[slot, pl.ds(a_row, height)], b[slot, pl.ds(b_row, width)]
-    return a_rows.astype(F32) @ b_rows.astype(F32).T
-
-
 def plain_factors(
     table: Any, x_scale: Any, w_scale: Any, place: Any, token: Any, row: Any, step: Any
 ) -> None:
@@ -107,34 +97,6 @@ def plain_factors(
         for other in range(steps):
             factor = number(x_scale, token + n, step + other) * number(w_scale, row // 128, step + other)
             table[place, other, n] = factor
-
-
-class Mail:
-    """What the programs of a cluster send each other, through the host."""
-
-    def __init__(self, config: Config):
-        self.config, self.pieces, self.news = config, collections.defaultdict(dict), threading.Condition()
-
-    def _to(self, owner: Any, group: Any) -> tuple[Any, ...]:
-        return *map(lax.axis_index, ("tile", "tokens", "sharer")), owner, group
-
-    def send(self, _: Config, piece: Any, owner: Any, received: Any, arrived: Any, group: Any) -> None:
-        def put(piece: Any, sender: Any, *to: Any) -> None:
-            with self.news:
-                self.pieces[tuple(map(int, to))][int(sender)] = np.asarray(piece)
-                self.news.notify_all()
-
-        io_callback(put, None, piece, lax.axis_index("split"), *self._to(owner, group))
-
-    def receive(self, _: Config, total: Any, received: Any, arrived: Any, group: Any) -> jax.Array:
-        def take(total: Any, *to: Any) -> np.ndarray:
-            inbox = self.pieces[tuple(map(int, to))]
-            with self.news:
-                assert self.news.wait_for(lambda: len(inbox) == self.config.splits - 1, timeout=60)
-            return np.asarray(total) + sum(inbox.values())
-
-        me = self._to(lax.axis_index("split"), group)
-        return io_callback(take, jax.ShapeDtypeStruct(total.shape, F32), total, *me)
 
 
 @pytest.mark.parametrize(
@@ -156,15 +118,9 @@ class Mail:
         "parts of K, shared tokens, consumers side by side",
     ],
 )
-def test_the_interpreter_agrees_with_the_reference(shape, config, scale, monkeypatch):
-    mail = Mail(config)
-    monkeypatch.setattr(wgmma, "start", plain_product)
-    monkeypatch.setattr(wgmma, "finish", lambda sums, later=0: sums)
+def test_the_interpreter_agrees_with_the_reference(shape, config, scale, without_ptx, monkeypatch):
+    without_ptx("tile", "tokens", "sharer")
     monkeypatch.setattr(mosaic_few, "_load_factors", plain_factors)
-    monkeypatch.setattr(mosaic_few, "_open", lambda *_: None)
-    monkeypatch.setattr(mosaic_few, "_meet", lambda: None)
-    monkeypatch.setattr(mosaic_few, "_send", mail.send)
-    monkeypatch.setattr(mosaic_few, "_receive", mail.receive)
     x, weight = numbers(*shape, scale=scale)
 
     out = mosaic_few.block_matmul(x, weight, BF16, config=config, interpret=plgpu.InterpretGPUParams())
