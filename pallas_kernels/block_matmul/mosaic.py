@@ -89,7 +89,7 @@ class Config(NamedTuple):
     @property
     def out_columns(self) -> int:
         """Of a piece of the result on its way out."""
-        return 64 if self.width % 64 == 0 else 32
+        return math.gcd(64, self.width, self.exchange.width)
 
 
 class Shape(NamedTuple):
@@ -474,6 +474,8 @@ def block_matmul(
     plan = Plan(shape, config)
     if columns // BLOCK % config.splits or (config.splits > 1 and plan.down * plan.across > plan.programs):
         raise ValueError(f"{config} does not split {columns} columns, or has more than one tile a program")
+    if config.stages < 2:
+        raise ValueError(f"{config} needs at least 2 stages")
     if config.shared_bytes > SHARED_BYTES:
         raise ValueError(
             f"{config} needs {config.shared_bytes} bytes of shared memory, there are {SHARED_BYTES}"
