@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -81,3 +82,28 @@ def save(rows: list[dict[str, Any]], path: Path) -> None:
     kept = [row for row in old if (row["id"], row["implementation"]) not in new]
     lines = ",\n".join(json.dumps(row) for row in kept + rows)
     path.write_text(f"[\n{lines}\n]\n")
+
+
+def repeated(run: Callable[..., Any], passes: int) -> Any:
+    """A jitted function of a list of inputs and a number of rounds, each `passes` times `run` on each input.
+
+    It returns what the last pass gave. In a loop, because CUDA replays its body as one graph; a program
+    without one has new places for its results every time, for which the graph has to be made anew.
+    """
+
+    def one_pass(inputs: list[Any]) -> list[Any]:
+        return [run(*each) for each in inputs]
+
+    def one_round(_: Any, carry: tuple[list[Any], list[Any]]) -> tuple[list[Any], list[Any]]:
+        inputs, found = carry
+        for _ in range(passes):
+            # To XLA the next pass hangs on this one's results: it can neither hoist nor merge its calls.
+            inputs, found = jax.lax.optimization_barrier((inputs, one_pass(inputs)))
+        return inputs, found
+
+    def all_rounds(inputs: list[Any], rounds: jax.Array) -> list[Any]:
+        shapes = jax.eval_shape(one_pass, inputs)
+        zeros = jax.tree.map(lambda out: jnp.zeros(out.shape, out.dtype), shapes)
+        return jax.lax.fori_loop(0, rounds, one_round, (inputs, zeros))[1]
+
+    return jax.jit(all_rounds)
