@@ -61,7 +61,8 @@ class Exchange(NamedTuple):
 def prepare(exchange: Exchange, arrived: Any, group: jax.Array) -> None:
     """Makes a warpgroup's barrier, which opens when all has been received, and tells the cluster.
 
-    All warpgroups call it. The fence is all that others must see; a release would wait for every memory operation before it.
+    All warpgroups call it. The fence is all that others must see; a release would wait for every memory
+    operation before it.
     """
 
     def emit(_, arrived: ir.Value, group: Any) -> None:

@@ -19,125 +19,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.block_matmul import cluster_sum, wgmma
-from pallas_kernels.block_matmul.cluster_sum import Exchange
+from pallas_kernels.block_matmul.mosaic_config import MULTIPROCESSORS, SHARED_BYTES, Many, Shape, many_for
 from pallas_kernels.block_matmul.tiles import BLOCK
 from pallas_kernels.block_matmul.wgmma import HEIGHT, SWIZZLED
 from pallas_kernels.formats import QuantArray
-from pallas_kernels.target import Target
 
-FEWEST_TOKENS = 512  # below, reading the weights is most of the work, and Triton's kernels do that as well
-SHARED_BYTES = 232448 - 1024  # what a program may have on Hopper, less room for barriers
-MULTIPROCESSORS = 132
-TOGETHER = 4
-STEP_COST = (
-    8000  # of a block of columns beside its products, in units of the tile's size; measured on an H200
-)
 # Registers of a thread once all know their part, those that load and those that multiply, by the number of
 # warpgroups that multiply. At first all have the same: 168 of 384 threads, 128 of 512.
 REGISTERS = {2: (40, 232), 3: (32, 160)}
+TOGETHER = 4  # blocks of columns in one turn of the loop, if products are begun ahead
 
 ROW = plgpu.Layout.WGMMA.reduce(1)  # one number a token, where a product has that token
-
-
-class Config(NamedTuple):
-    """How a product is cut into tiles, and how a program works through one.
-
-    Attributes:
-      tokens: rows of x in a tile: 64 or 128 of each consumer.
-      rows: rows of the weight in a tile: 64, 128, 192 or 256.
-      stages: blocks of 128 columns that are under way or in use, at least 2.
-      slots: pieces of 64 x 64 of the result that a consumer can have on their way out.
-      band: tiles of tokens that go before the next ones, so that the L2 cache holds what they share.
-      consumers: warpgroups that multiply, 2 or 3, each so many of the tokens: while one promotes, the tensor
-        core has the others' products to work on.
-      ahead: starts a product before the one before it is promoted. It takes registers for two, and pays
-        where a multiprocessor has one narrow tile.
-      splits: parts of K, for a program of a cluster each, where there are too few tiles: 1, 2 or 4.
-    """
-
-    tokens: int = 128
-    rows: int = 128
-    stages: int = 5
-    slots: int = 2
-    band: int = 8
-    consumers: int = 2
-    ahead: bool = False
-    splits: int = 1
-
-    @property
-    def shared_bytes(self) -> int:
-        loaded = (self.tokens + self.rows) * BLOCK * self.stages
-        leaving = self.slots * HEIGHT * self.out_columns * 2
-        return loaded + self.consumers * (leaving + self.exchange.received_bytes)
-
-    @property
-    def waves(self) -> int:
-        """Of 64 tokens each, of a consumer."""
-        return self.tokens // self.consumers // HEIGHT
-
-    @property
-    def exchange(self) -> Exchange:
-        """Of sums: each program owns a part of the rows."""
-        return Exchange(self.splits, self.waves, self.rows // self.splits)
-
-    @property
-    def width(self) -> int:
-        """Columns of one tensor core product: its sums need registers beside those of the running ones."""
-        most = 128 if self.ahead else 192
-        return self.rows if self.rows <= most else next(n for n in (128, 96) if self.rows % n == 0)
-
-    @property
-    def out_columns(self) -> int:
-        """Of a piece of the result on its way out."""
-        return math.gcd(64, self.width, self.exchange.width)
-
-
-class Shape(NamedTuple):
-    """tokens x rows of the result, and the columns that it sums over."""
-
-    tokens: int
-    rows: int
-    columns: int
-
-
-def fits(target: Target, x: Any, weight: Any, out_dtype: Any) -> bool:
-    """Whether `block_matmul` takes these and is the one to take them: FP8 by FP8, many tokens, on Hopper."""
-    if target.vendor != "cuda" or target.arch != "sm_90":
-        return False
-    if not isinstance(x, QuantArray) or not isinstance(weight, QuantArray):
-        return False
-    right_formats = x.format == "fp8_token128" and weight.format == "fp8_block128" and weight.ndim == 2
-    right_size = weight.shape[-1] % BLOCK == 0 and weight.shape[0] % 8 == 0 and weight.shape[0] >= HEIGHT
-    many = weight.shape[-1] > 0 and math.prod(x.shape[:-1]) >= FEWEST_TOKENS
-    return right_formats and right_size and many and jnp.dtype(out_dtype) == jnp.bfloat16
-
-
-def config_for(shape: Shape) -> Config:
-    """The tiles that are done soonest; a round of programs takes as long as its tile is large, and a bit."""
-    if shape in MEASURED:
-        return MEASURED[shape]
-
-    def cost(config: Config) -> float:
-        tiles = -(-shape.tokens // config.tokens) * -(-shape.rows // config.rows)
-        rounds = -(-tiles // MULTIPROCESSORS)
-        return rounds * (config.tokens * config.rows + STEP_COST)
-
-    possible = [each for each in CONFIGS if each.tokens <= shape.tokens and each.rows <= max(shape.rows, 64)]
-    return min(possible, key=cost)
-
-
-# What `config_for` chooses from: each as deep as shared memory allows.
-CONFIGS = (
-    Config(256, 128, stages=4),
-    Config(128, 192, stages=4, slots=3),
-    Config(128, 128, stages=6),
-    Config(128, 64, stages=8),
-)
-# Where on an H200 another was faster than the rule's.
-MEASURED = dict.fromkeys(
-    (Shape(512, 32768, 1024), Shape(2048, 1536, 4096), Shape(8192, 1536, 4096)),
-    Config(192, 128, stages=4, consumers=3),
-)
 
 
 # --- what a tile is
@@ -147,7 +39,7 @@ class Plan(NamedTuple):
     """The tiles of a product, dealt out to programs."""
 
     shape: Shape
-    config: Config
+    config: Many
 
     @property
     def down(self) -> int:
@@ -300,8 +192,8 @@ def _kernel(plan: Plan, x: Any, x_scale: Any, w: Any, w_scale: Any, out: Any, *s
         def multiply(number: jax.Array, scales: Scales, parts: Any, slot: jax.Array) -> Any:
             """Sums of one tile by wave and chunk; `scales` are of its first step.
 
-            Unless two are on their way at a time, its first product has begun, and when it ends, so has that of
-            whatever comes next.
+            Unless two are on their way at a time, its first product has begun, and when it ends, so has the
+            first of whatever comes next.
             """
 
             def one_step(step: jax.Array, ends: bool, carry: Any) -> Any:
@@ -423,7 +315,7 @@ def _launch(
     w: jax.Array,
     w_scale: jax.Array,
     *,
-    config: Config,
+    config: Many,
     interpret: Any = None,
 ) -> jax.Array:
     """[tokens, rows] in bfloat16. A jit of its own, so that calls of one shape share one lowering."""
@@ -459,16 +351,16 @@ def _launch(
 
 
 def block_matmul(
-    x: QuantArray, weight: QuantArray, out_dtype: Any, *, config: Config | None = None, interpret: Any = None
+    x: QuantArray, weight: QuantArray, out_dtype: Any, *, config: Many | None = None, interpret: Any = None
 ) -> jax.Array:
-    """x @ weight.T, see `pallas_kernels.block_matmul`; `fits` says which arguments it is for.
+    """x @ weight.T, see `pallas_kernels.block_matmul`; `mosaic_config.takes` says of which.
 
     Raises:
       ValueError: the config does not fit the shape, or needs more shared memory than there is.
     """
     *outer, columns = x.shape
     shape = Shape(math.prod(outer), weight.shape[0], columns)
-    config = config or config_for(shape)
+    config = config or many_for(shape)
     if shape.tokens < config.tokens:
         raise ValueError(f"{config} does not take {shape.tokens} tokens")
     plan = Plan(shape, config)

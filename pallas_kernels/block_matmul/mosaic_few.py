@@ -12,7 +12,7 @@ neighbouring rows need the same tokens: each brings a part of a tile and the cop
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,141 +24,13 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_kernels.block_matmul import cluster_sum, wgmma
-from pallas_kernels.block_matmul.cluster_sum import Exchange
+from pallas_kernels.block_matmul.mosaic_config import PADDING, SHARED_BYTES, Few, Shape, few_for
 from pallas_kernels.block_matmul.tiles import BLOCK
 from pallas_kernels.block_matmul.wgmma import HEIGHT, SWIZZLED
 from pallas_kernels.formats import QuantArray
-from pallas_kernels.target import Target
 
-SHARED_OF_ALL = 233472  # bytes of shared memory of a multiprocessor
-SHARED_OVERHEAD = 1024 + 2048  # of a program: what CUDA keeps, and room for barriers and alignment
-SHARED_BYTES = SHARED_OF_ALL - SHARED_OVERHEAD  # what a program may have
-MULTIPROCESSORS = 132
-MOST_BARRIERS = 32  # of one array, in Mosaic
-MOST_TOKENS = 256  # that it takes where nothing was measured
 TOKEN = plgpu.Layout.WGMMA.reduce(0)  # one number a token, where a product has that token
 TOGETHER = 4  # blocks of columns in one turn of the loop
-PADDING = 2  # numbers between steps of the table of scales: a warp's stores meet other banks
-
-
-class Config(NamedTuple):
-    """How a product is cut, and how a program works through its part.
-
-    Attributes:
-      tokens: columns of the product of a program: 8, 16, 32, 64 or 128.
-      rows: of the weight, of a program: 64, 128 or 256.
-      splits: parts of K, for a program of a cluster each: 1, 2, 4 or 8.
-      sharers: tiles of rows whose programs are in one cluster and share the tokens that they load.
-      stages: that are under way or in use.
-      beside: warpgroups that divide the tokens of 64 rows among them: 1 or 2.
-      blocks: of 128 columns, in a stage.
-    """
-
-    tokens: int
-    rows: int = 128
-    splits: int = 1
-    sharers: int = 1
-    stages: int = 8
-    beside: int = 1
-    blocks: int = 1
-
-    @property
-    def consumers(self) -> int:
-        return self.rows // HEIGHT * self.beside
-
-    @property
-    def share(self) -> int:
-        """Tokens of a consumer."""
-        return self.tokens // self.beside
-
-    @property
-    def parts(self) -> int:
-        """Into how many a consumer's tokens are cut: to be added up by a program each, or to be written."""
-        return min(self.splits, self.share // 8) if self.splits > 1 else -(-self.share // 32)
-
-    @property
-    def piece(self) -> int:
-        """Tokens of such a part."""
-        return self.share // self.parts
-
-    @property
-    def tables(self) -> int:
-        """Of scales: rows of one block, times a consumer's tokens, have one."""
-        return -(-self.rows // BLOCK) * self.beside
-
-    @property
-    def width(self) -> int:
-        """Tokens of one tensor core product; its sums need registers beside the running ones."""
-        return self.share if self.consumers <= 2 else min(self.share, 64)
-
-    @property
-    def registers(self) -> tuple[int, int] | None:
-        """Of a thread that loads and of one that multiplies, once all know their part; None: all alike."""
-        at_start = 65536 // 128 // (self.consumers + 1) // 8 * 8  # all of a program share what these make
-        if self.share // 2 + self.width + 40 <= at_start or at_start >= 232:  # sums; two products; all else
-            return None
-        return 24, min(232, (at_start * (self.consumers + 1) - 24) // self.consumers // 8 * 8)
-
-    @property
-    def exchange(self) -> Exchange:
-        return Exchange(self.splits, 1, self.piece)
-
-    def shared_bytes(self, steps: int) -> int:
-        """Of shared memory, for so many blocks of columns in each part of K."""
-        loaded = (self.tokens + self.rows) * BLOCK * self.blocks * self.stages
-        table = self.tables * steps * (self.share + PADDING) * 4
-        received = self.consumers * self.exchange.received_bytes
-        return loaded + table + received + self.consumers * self.piece * HEIGHT * 2
-
-
-class Shape(NamedTuple):
-    """tokens x rows of the result, and the columns that it sums over."""
-
-    tokens: int
-    rows: int
-    columns: int
-
-
-def fits(target: Target, x: Any, weight: Any, out_dtype: Any) -> bool:
-    """Whether `block_matmul` takes these and is the one to take them: FP8 by FP8, few tokens, on Hopper."""
-    if target.vendor != "cuda" or target.arch != "sm_90":
-        return False
-    if not isinstance(x, QuantArray) or not isinstance(weight, QuantArray):
-        return False
-    right_formats = x.format == "fp8_token128" and weight.format == "fp8_block128" and weight.ndim == 2
-    if not right_formats or jnp.dtype(out_dtype) != jnp.bfloat16:
-        return False
-    shape = Shape(math.prod(x.shape[:-1]), *weight.shape)
-    right_size = shape.columns % BLOCK == 0 and shape.columns > 0 and shape.rows % 8 == 0 and shape.rows > 0
-    most = max(MEASURED.get(shape[1:], {}), default=MOST_TOKENS)
-    return right_size and 1 < shape.tokens <= most and config_for(shape).stages > 0
-
-
-def config_for(shape: Shape) -> Config:
-    """As many programs as multiprocessors, if K can be split so, with all of their shared memory in use."""
-    measured = MEASURED.get(shape[1:], {})
-    if any(most >= shape.tokens for most in measured):
-        return measured[min(most for most in measured if most >= shape.tokens)]
-    tokens = min(max(8, 1 << (shape.tokens - 1).bit_length()), 128)
-    down = -(-shape.tokens // tokens)
-    rows = 256 if down * shape.rows >= 256 * 100 else 128
-    programs = down * -(-shape.rows // rows)
-    blocks = shape.columns // BLOCK
-    splits = max(n for n in (1, 2, 4, 8) if n == 1 or (blocks % n == 0 and programs * n <= MULTIPROCESSORS))
-    return deepest(Config(tokens, rows, splits, beside=2 if tokens >= 64 and rows == 128 else 1), shape)
-
-
-def deepest(config: Config, shape: Shape, resident: int = 1) -> Config:
-    """With as many stages as shared memory has room for, if so many programs share a multiprocessor's."""
-    steps = shape.columns // BLOCK // config.splits
-    fixed, more = (config._replace(stages=n).shared_bytes(steps) for n in (0, 1))
-    room = (SHARED_OF_ALL // resident - SHARED_OVERHEAD - fixed) // (more - fixed)
-    return config._replace(stages=max(0, min(steps // config.blocks, room, MOST_BARRIERS)))
-
-
-# By rows and columns of the weight, by the most tokens that it is for: the fastest on an H200, among those of
-# scripts/bench/block_matmul_mosaic.py --few --sweep. A weight that is here has none for more tokens.
-MEASURED: dict[tuple[int, int], dict[int, Config]] = {}
 
 
 # --- scales
@@ -225,7 +97,7 @@ def _load_factors(
 
 
 def _kernel(
-    shape: Shape, config: Config, x: Any, x_scale: Any, w: Any, w_scale: Any, out: Any, *scratch: Any
+    shape: Shape, config: Few, x: Any, x_scale: Any, w: Any, w_scale: Any, out: Any, *scratch: Any
 ) -> None:
     x_tiles, w_tiles, table, staged, full, free, *more = scratch
     steps = shape.columns // BLOCK // config.splits
@@ -371,7 +243,7 @@ def _launch(
     w: jax.Array,
     w_scale: jax.Array,
     *,
-    config: Config,
+    config: Few,
     interpret: Any = None,
 ) -> jax.Array:
     """[tokens, rows] in bfloat16. A jit of its own, so that calls of one shape share one lowering."""
@@ -414,16 +286,16 @@ def _launch(
 
 
 def block_matmul(
-    x: QuantArray, weight: QuantArray, out_dtype: Any, *, config: Config | None = None, interpret: Any = None
+    x: QuantArray, weight: QuantArray, out_dtype: Any, *, config: Few | None = None, interpret: Any = None
 ) -> jax.Array:
-    """x @ weight.T, see `pallas_kernels.block_matmul`; `fits` says which arguments it is for.
+    """x @ weight.T, see `pallas_kernels.block_matmul`; `mosaic_config.takes` says of which.
 
     Raises:
       ValueError: the config does not fit the shape, or needs more shared memory than there is.
     """
     *outer, columns = x.shape
     shape = Shape(math.prod(outer), weight.shape[0], columns)
-    config = config or config_for(shape)
+    config = config or few_for(shape)
     if jnp.dtype(out_dtype) != jnp.bfloat16:
         raise ValueError(f"the kernel writes bfloat16, not {jnp.dtype(out_dtype)}")
     if columns // BLOCK % (config.splits * config.blocks):

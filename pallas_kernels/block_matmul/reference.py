@@ -29,8 +29,8 @@ def _numbers(array: jax.Array | QuantArray, dtype: jnp.dtype) -> jax.Array:
 
 def block_matmul(x: jax.Array | QuantArray, weight: jax.Array | QuantArray, out_dtype) -> jax.Array:
     x_TK, weight_NK = product_operands(x, weight)
-    # Products of bfloat16 numbers are exact in float32, whatever the precision. Asked for the highest, XLA turns
-    # the operands into float32, away from a GPU's tensor cores; with one token, that is still its best.
+    # Products of bfloat16 numbers are exact in float32, whatever the precision. Asked for the highest, XLA
+    # makes float32 of the operands, far from a GPU's tensor cores; with one token, that is still its best.
     exact = x_TK.dtype == jnp.bfloat16 and x_TK.size > x_TK.shape[-1]
     precision = None if exact else "highest"
     out_TN = jnp.einsum(
