@@ -28,16 +28,14 @@ THREADS = 128  # of a consumer
 
 
 class Exchange(NamedTuple):
-    """What a consumer, the same in all programs, sends and receives.
+    """What a consumer, the same in all programs, sends and receives: pieces of 64 rows.
 
     Attributes:
-      splits: programs of the cluster along `AXIS`.
-      pieces: of its tile, that it owns.
-      width: columns of a piece; each has 64 rows.
+      splits: programs of the cluster along `AXIS`; each owns one piece or none.
+      width: columns of a piece.
     """
 
     splits: int
-    pieces: int
     width: int
 
     @property
@@ -47,7 +45,7 @@ class Exchange(NamedTuple):
     @property
     def received_bytes(self) -> int:
         """That a consumer receives."""
-        return self.pieces * (self.splits - 1) * self.piece_bytes
+        return (self.splits - 1) * self.piece_bytes
 
     def scratch(self, consumers: int) -> list[Any]:
         """Shared memory for what they receive, and a barrier for each: the arguments of all below.
@@ -89,18 +87,12 @@ def meet() -> None:
 
 
 def send(
-    exchange: Exchange,
-    sums: jax.Array,
-    piece: int,
-    owner: jax.Array,
-    received: Any,
-    arrived: Any,
-    group: jax.Array,
+    exchange: Exchange, sums: jax.Array, owner: jax.Array, received: Any, arrived: Any, group: jax.Array
 ) -> None:
     """Sums of a piece to the program that owns it."""
-    splits = jnp.int32(exchange.splits)
-    further = owner - lax.axis_index(AXIS)
-    place = (group * exchange.pieces + piece) * (splits - 1) + lax.rem(splits - further - 1, splits)
+    me, others = lax.axis_index(AXIS), exchange.splits - 1
+    place = lax.rem(me - owner - 1 + exchange.splits, jnp.int32(exchange.splits))
+    start = (group * others + place) * exchange.piece_bytes
 
     def emit(_, received: ir.Value, arrived: ir.Value, *values: mgpu.FragmentedArray) -> None:
         i32 = ir.IntegerType.get_signless(32)
@@ -124,12 +116,10 @@ def send(
 
     ref, number = plgpu.RefType(), plgpu.Layout.WG_SPLAT
     inline: Any = plgpu.inline_mgpu(arg_types=(ref, ref, number, number, number, plgpu.Layout.WGMMA))
-    inline(emit)(received, arrived, place * exchange.piece_bytes, group, further, sums)
+    inline(emit)(received, arrived, start, group, owner - me, sums)
 
 
-def receive(
-    exchange: Exchange, sums: jax.Array, piece: int, received: Any, arrived: Any, group: jax.Array
-) -> jax.Array:
+def receive(exchange: Exchange, sums: jax.Array, received: Any, arrived: Any, group: jax.Array) -> jax.Array:
     """Sums of a piece of its own with all that was sent added."""
     count, others = exchange.width // 2, exchange.splits - 1  # numbers of a thread
 
@@ -137,8 +127,7 @@ def receive(
         i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
         group = group.registers.item()
         start = arith.muli(group, mgpu_utils.c(exchange.received_bytes, i32))
-        first = mgpu_utils.c(piece * others * exchange.piece_bytes, i32)
-        place = _address(received, start, first, arith.muli(thread(), mgpu_utils.c(16, i32)))
+        place = _address(received, start, arith.muli(thread(), mgpu_utils.c(16, i32)))
         barrier = _address(arrived, arith.muli(group, mgpu_utils.c(8, i32)))
         lines = [
             ".reg .pred done;",

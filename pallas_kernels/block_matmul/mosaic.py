@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.block_matmul import cluster_sum, wgmma
+from pallas_kernels.block_matmul import wgmma
 from pallas_kernels.block_matmul.mosaic_config import MULTIPROCESSORS, SHARED_BYTES, Many, Shape, many_for
 from pallas_kernels.block_matmul.tiles import BLOCK
 from pallas_kernels.block_matmul.wgmma import HEIGHT, SWIZZLED
@@ -53,13 +53,12 @@ class Plan(NamedTuple):
 
     @property
     def steps(self) -> int:
-        """Blocks of columns in a part of K."""
-        return self.shape.columns // BLOCK // self.config.splits
+        return self.shape.columns // BLOCK
 
     @property
     def programs(self) -> int:
-        """As many, or as many clusters of them, as run at once, or fewer if there is not a tile for each."""
-        return min(MULTIPROCESSORS // self.config.splits, self.down * self.across)
+        """As many as run at once, or fewer if there is not a tile for each."""
+        return min(MULTIPROCESSORS, self.down * self.across)
 
     def start(self, tile: jax.Array) -> tuple[jax.Array, jax.Array]:
         """First token and first row of a tile."""
@@ -104,15 +103,11 @@ class Scales(NamedTuple):
 
 
 def _kernel(plan: Plan, x: Any, x_scale: Any, w: Any, w_scale: Any, out: Any, *scratch: Any) -> None:
-    x_tiles, w_tiles, out_pieces, full, free, *cluster = scratch
+    x_tiles, w_tiles, out_pieces, full, free = scratch
     config, (_, rows, _), steps = plan.config, plan.shape, plan.steps
     group, program = lax.axis_index("warpgroup"), lax.axis_index("program")
     tiles = plan.down * plan.across
     mine = lax.div(tiles - program + plan.programs - 1, jnp.int32(plan.programs))
-    me = lax.axis_index(cluster_sum.AXIS) if config.splits > 1 else jnp.int32(0)
-    first_step = me * steps
-    if config.splits > 1:
-        cluster_sum.prepare(config.exchange, cluster[1], group)
 
     def start(number: jax.Array) -> tuple[jax.Array, jax.Array]:
         """First token and row of the program's tile of this number."""
@@ -134,7 +129,7 @@ def _kernel(plan: Plan, x: Any, x_scale: Any, w: Any, w_scale: Any, out: Any, *s
                 def _() -> None:
                     plgpu.barrier_wait(free.at[slot])
 
-                columns = pl.ds((first_step + step) * BLOCK, BLOCK)
+                columns = pl.ds(step * BLOCK, BLOCK)
                 for source, tile, at in ((x, x_tiles, token), (w, w_tiles, row)):
                     rows = source.at[pl.ds(at, tile.shape[1]), columns]
                     plgpu.copy_gmem_to_smem(rows, tile.at[slot], full.at[slot])
@@ -149,9 +144,6 @@ def _kernel(plan: Plan, x: Any, x_scale: Any, w: Any, w_scale: Any, out: Any, *s
 
         plgpu.barrier_arrive(full.at[slot])
         plgpu.barrier_arrive(full.at[slot])
-
-        if config.splits > 1:
-            cluster_sum.meet()
 
         # Leave when all has been reported: the interpreter wants every phase of a barrier seen.
         @pl.loop(jnp.maximum(count - config.stages + 1, 0), count)
@@ -172,17 +164,17 @@ def _kernel(plan: Plan, x: Any, x_scale: Any, w: Any, w_scale: Any, out: Any, *s
 
         def load_scales(number: jax.Array, step: jax.Array) -> Scales:
             token, row = start(number)
-            first, block = token + group * share, first_step + step
+            first = token + group * share
             at = [
                 jnp.minimum(lax.div(row + n, BLOCK), -(-rows // BLOCK) - 1)
                 for n in range(0, config.rows, scaled)
             ]
             return Scales(
                 tuple(
-                    plgpu.load(x_scale.at[pl.ds(first + n, HEIGHT), block], layout=ROW, optimized=False)
+                    plgpu.load(x_scale.at[pl.ds(first + n, HEIGHT), step], layout=ROW, optimized=False)
                     for n in range(0, share, HEIGHT)
                 ),
-                tuple(w_scale[n, block] for n in at),
+                tuple(w_scale[n, step] for n in at),
             )
 
         def begin(place: tuple[int, int], slot: jax.Array, spent: jax.Array) -> jax.Array:
@@ -246,33 +238,10 @@ def _kernel(plan: Plan, x: Any, x_scale: Any, w: Any, w_scale: Any, out: Any, *s
         def zeros(columns: int) -> jax.Array:
             return plgpu.layout_cast(jnp.zeros((HEIGHT, columns), jnp.float32), plgpu.Layout.WGMMA)
 
-        def add_up(sums: list[list[jax.Array]]) -> list[list[jax.Array]]:
-            """Of all parts of K, those rows that this program owns."""
-            exchange = config.exchange
-            columns = range(0, config.rows, exchange.width)
-            parts = [
-                [wave[n // chunk][:, n % chunk :][:, : exchange.width] for n in columns] for wave in sums
-            ]
-            own = [wave[0] for wave in parts]
-            cluster_sum.meet()
-            for piece, wave in enumerate(parts):
-                for owner, part in enumerate(wave):
-                    owned = lax.broadcast_in_dim(me == owner, part.shape, [])
-                    own[piece] = lax.select(owned, part, own[piece])
-
-                    @pl.when(me != owner)
-                    def _(piece: int = piece, owner: int = owner, part: jax.Array = part) -> None:
-                        cluster_sum.send(exchange, part, piece, jnp.int32(owner), *cluster, group)
-
-            return [[cluster_sum.receive(exchange, own[n], n, *cluster, group)] for n in range(waves)]
-
         def write(number: jax.Array, sums: list[list[jax.Array]]) -> None:
             """The tile to memory, piece by piece; the stores of the last pieces are left under way."""
             token, row = start(number)
-            if config.splits > 1:
-                sums, row = add_up(sums), row + me * config.exchange.width
-            held = sums[0][0].shape[1]
-            places = [(wave, n) for wave in range(waves) for n in range(0, held * len(sums[0]), out_columns)]
+            places = [(wave, n) for wave in range(waves) for n in range(0, config.rows, out_columns)]
             at_once = config.slots if config.slots == len(places) else max(1, config.slots // 2)
             for first in range(0, len(places), at_once):
                 # The pieces just before these may still be on their way out, if theirs are other slots.
@@ -280,7 +249,7 @@ def _kernel(plan: Plan, x: Any, x_scale: Any, w: Any, w_scale: Any, out: Any, *s
                 plgpu.wait_smem_to_gmem(config.slots - at_once if known else 0, wait_read_only=True)
                 group_places = list(enumerate(places[first : first + at_once], first))
                 for place, (wave, n) in group_places:
-                    values = sums[wave][n // held][:, n % held : n % held + out_columns]
+                    values = sums[wave][n // chunk][:, n % chunk : n % chunk + out_columns]
                     out_pieces.at[group, place % config.slots][...] = values.astype(out.dtype)
                 plgpu.commit_smem()
                 for place, (wave, n) in group_places:
@@ -320,9 +289,6 @@ def _launch(
 ) -> jax.Array:
     """[tokens, rows] in bfloat16. A jit of its own, so that calls of one shape share one lowering."""
     plan = Plan(Shape(x.shape[0], *w.shape), config)
-    collective: Any = {}
-    if config.splits > 1:
-        collective = {"cluster": (config.splits,), "cluster_names": (cluster_sum.AXIS,)}
     return plgpu.kernel(
         functools.partial(_kernel, plan),
         out_type=jax.ShapeDtypeStruct((x.shape[0], w.shape[0]), jnp.bfloat16),
@@ -336,11 +302,9 @@ def _launch(
             ),
             plgpu.Barrier(num_arrivals=2, num_barriers=config.stages),
             plgpu.Barrier(num_arrivals=config.consumers, num_barriers=config.stages),
-            *(config.exchange.scratch(config.consumers) if config.splits > 1 else []),
         ),
         grid=(plan.programs,),
         grid_names=("program",),
-        **collective,
         num_threads=config.consumers + 1,
         thread_name="warpgroup",
         # Only copies write what the products read, and what is copied out has its barriers already.
@@ -363,9 +327,6 @@ def block_matmul(
     config = config or many_for(shape)
     if shape.tokens < config.tokens:
         raise ValueError(f"{config} does not take {shape.tokens} tokens")
-    plan = Plan(shape, config)
-    if columns // BLOCK % config.splits or (config.splits > 1 and plan.down * plan.across > plan.programs):
-        raise ValueError(f"{config} does not split {columns} columns, or has more than one tile a program")
     if config.stages < 2:
         raise ValueError(f"{config} needs at least 2 stages")
     if config.shared_bytes > SHARED_BYTES:

@@ -76,7 +76,7 @@ class Few(NamedTuple):
 
     @property
     def exchange(self) -> Exchange:
-        return Exchange(self.splits, 1, self.piece)
+        return Exchange(self.splits, self.piece)
 
     @property
     def tables(self) -> int:
@@ -124,7 +124,6 @@ class Many(NamedTuple):
         core has the others' products to work on.
       ahead: starts a product before the one before it is promoted. It takes registers for two, and pays
         where a multiprocessor has one narrow tile.
-      splits: parts of K, for a program of a cluster each, where there are too few tiles: 1, 2 or 4.
     """
 
     tokens: int = 128
@@ -134,23 +133,16 @@ class Many(NamedTuple):
     band: int = 8
     consumers: int = 2
     ahead: bool = False
-    splits: int = 1
 
     @property
     def shared_bytes(self) -> int:
         loaded = (self.tokens + self.rows) * BLOCK * self.stages
-        leaving = self.slots * HEIGHT * self.out_columns * 2
-        return loaded + self.consumers * (leaving + self.exchange.received_bytes)
+        return loaded + self.consumers * self.slots * HEIGHT * self.out_columns * 2
 
     @property
     def waves(self) -> int:
         """Of 64 tokens each, of a consumer."""
         return self.tokens // self.consumers // HEIGHT
-
-    @property
-    def exchange(self) -> Exchange:
-        """Of sums: each program owns a part of the rows."""
-        return Exchange(self.splits, self.waves, self.rows // self.splits)
 
     @property
     def width(self) -> int:
@@ -161,7 +153,7 @@ class Many(NamedTuple):
     @property
     def out_columns(self) -> int:
         """Of a piece of the result on its way out."""
-        return math.gcd(64, self.width, self.exchange.width)
+        return math.gcd(64, self.width)
 
 
 # What the rule for many tokens chooses from, each as deep as shared memory allows.

@@ -30,7 +30,6 @@ from pallas_kernels.block_matmul.wgmma import HEIGHT, SWIZZLED
 from pallas_kernels.formats import QuantArray
 
 TOKEN = plgpu.Layout.WGMMA.reduce(0)  # one number a token, where a product has that token
-TOGETHER = 4  # blocks of columns in one turn of the loop
 
 
 # --- scales
@@ -154,49 +153,35 @@ def _kernel(
         def zeros(columns: int) -> jax.Array:
             return plgpu.layout_cast(jnp.zeros((HEIGHT, columns), jnp.float32), plgpu.Layout.WGMMA)
 
-        stages = steps // config.blocks
-        # Of one turn of the loop: a product is begun before the one before it has given its stage back.
-        together = math.gcd(stages, max(1, TOGETHER // config.blocks)) if config.stages > 1 else 1
-
-        def some_stages(turn: jax.Array, carry: Any) -> Any:
+        def one_stage(number: jax.Array, carry: Any) -> Any:
             sums, parts, slot = carry
-            sums, parts, slots = list(sums), list(parts), [slot]
-            for _ in range(together):
-                slots.append(jnp.where(slots[-1] == last, 0, slots[-1] + 1))
-            products = [
-                (stage, block, start)
-                for stage in range(together)
-                for block in range(config.blocks)
-                for start in starts
-            ]
+            sums, parts = list(sums), list(parts)
+            plgpu.barrier_wait(full.at[slot])
+            products = [(block, start) for block in range(config.blocks) for start in starts]
 
-            def begin(product: tuple[int, int, int], spent: jax.Array) -> jax.Array:
-                stage, block, start = product
-                at = slots[stage] * config.blocks + block
+            def begin(product: tuple[int, int], spent: jax.Array) -> jax.Array:
+                block, start = product
+                at = slot * config.blocks + block
                 return wgmma.start(w_tiles, x_tiles, at, a_row, b_row + start, spent)
 
-            plgpu.barrier_wait(full.at[slot])
             parts[0] = begin(products[0], parts[0])
             for product, following in zip(products, [*products[1:], None], strict=True):
-                stage, block, start = product
-                ends = following is None or following[0] != stage
                 if following:  # the tensor core has work while this product is promoted
-                    if ends:
-                        plgpu.barrier_wait(full.at[slots[following[0]]])
                     parts[1] = begin(following, parts[1])
-                step = (turn * together + stage) * config.blocks + block
-                scales = table.at[place, step, pl.ds(start, config.width)]
+                block, start = product
+                scales = table.at[place, number * config.blocks + block, pl.ds(start, config.width)]
                 factor = plgpu.load(scales, layout=TOKEN, optimized=False)
                 parts[0] = wgmma.finish(parts[0], later=1 if following else 0)
-                if ends:
-                    plgpu.barrier_arrive(free.at[slots[stage]])
+                if not following:
+                    plgpu.barrier_arrive(free.at[slot])
                 sums[start // config.width] += parts[0] * lax.broadcast_in_dim(factor, parts[0].shape, [1])
                 if following:
                     parts.reverse()
-            return tuple(sums), tuple(parts), slots[-1]
+            return tuple(sums), tuple(parts), jnp.where(slot == last, 0, slot + 1)
 
         sums, parts = (tuple(zeros(config.width) for _ in each) for each in (starts, range(2)))
-        sums, _, _ = lax.fori_loop(0, stages // together, some_stages, (sums, parts, jnp.int32(0)))
+        stages = steps // config.blocks
+        sums, _, _ = lax.fori_loop(0, stages, one_stage, (sums, parts, jnp.int32(0)))
         pieces = [
             sums[n // config.width][:, n % config.width : n % config.width + config.piece]
             for n in range(0, config.share, config.piece)
@@ -227,11 +212,11 @@ def _kernel(
             @pl.when(mine != number)
             def _(number: int = number, piece: jax.Array = piece) -> None:
                 owner = lax.rem(group * config.parts + number, splits)
-                cluster_sum.send(config.exchange, piece, 0, owner, received, arrived, group)
+                cluster_sum.send(config.exchange, piece, owner, received, arrived, group)
 
         @pl.when(mine < config.parts)
         def _() -> None:
-            write(cluster_sum.receive(config.exchange, own, 0, received, arrived, group), mine)
+            write(cluster_sum.receive(config.exchange, own, received, arrived, group), mine)
 
     lax.cond(group == config.consumers, producer, consumer)
 

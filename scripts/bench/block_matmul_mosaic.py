@@ -88,8 +88,6 @@ def rivals(shape: Shape) -> list[Config]:
                 found.append(Few(tokens, rows, splits, 1, 1, 1, blocks).deepest(shape, resident))
     if shape.tokens >= 128:
         found += [tile for tile in TILES if tile.tokens <= shape.tokens]
-        tiles = -(-shape.tokens // 256) * -(-shape.rows // 128)
-        found += [Many(256, 128, stages=3, slots=1, splits=2)] if 45 <= tiles <= 66 else []
     return [each for each in found if each.stages >= 2]
 
 

@@ -33,26 +33,22 @@ class Mail:
     def _to(self, *owner: Any) -> tuple[Any, ...]:
         return *map(lax.axis_index, self.axes), *owner
 
-    def send(
-        self, _: Any, sums: Any, piece: Any, owner: Any, received: Any, arrived: Any, group: Any
-    ) -> None:
+    def send(self, _: Any, sums: Any, owner: Any, received: Any, arrived: Any, group: Any) -> None:
         def put(sums: Any, sender: Any, *to: Any) -> None:
             with self.news:
                 self.pieces[tuple(map(int, to))][int(sender)] = np.asarray(sums)
                 self.news.notify_all()
 
-        io_callback(put, None, sums, lax.axis_index("split"), *self._to(owner, group, piece))
+        io_callback(put, None, sums, lax.axis_index("split"), *self._to(owner, group))
 
-    def receive(
-        self, exchange: Any, sums: Any, piece: Any, received: Any, arrived: Any, group: Any
-    ) -> jax.Array:
+    def receive(self, exchange: Any, sums: Any, received: Any, arrived: Any, group: Any) -> jax.Array:
         def take(sums: Any, *to: Any) -> np.ndarray:
             inbox = self.pieces[tuple(map(int, to))]
             with self.news:
                 assert self.news.wait_for(lambda: len(inbox) == exchange.splits - 1, timeout=60)
             return np.asarray(sums) + sum(inbox.values())
 
-        me = self._to(lax.axis_index("split"), group, piece)
+        me = self._to(lax.axis_index("split"), group)
         return io_callback(take, jax.ShapeDtypeStruct(sums.shape, jnp.float32), sums, *me)
 
 

@@ -57,8 +57,6 @@ def test_the_kernel_lowers_for_other_weights(rows, scale):
         ((400, 200, 384), Many(192, 128, stages=2, consumers=3), 2, U8),
         ((140, 400, 1024), Many(128, 192, stages=3, slots=6, ahead=True), 2, U8),
         ((140, 264, 640), Many(128, 128, stages=2, ahead=True), 1, F32),
-        ((300, 200, 512), Many(256, 128, stages=2, slots=1, splits=2), 8, U8),
-        ((130, 200, 768), Many(128, 128, stages=2, slots=1, ahead=True, splits=2), 8, F32),
     ],
     ids=[
         "tiles across blocks of scales",
@@ -68,12 +66,10 @@ def test_the_kernel_lowers_for_other_weights(rows, scale):
         "three warpgroups",
         "two products on their way",
         "two of one width, an odd number of steps",
-        "parts of K",
-        "parts of K, two products on their way",
     ],
 )
 def test_the_interpreter_agrees_with_the_reference(shape, config, programs, scale, without_ptx, monkeypatch):
-    without_ptx("program")
+    without_ptx()
     # Fewer programs than tiles: each works on several.
     monkeypatch.setattr(mosaic, "MULTIPROCESSORS", programs)
     x, weight = numbers(*shape, scale=scale)
@@ -86,18 +82,9 @@ def test_the_interpreter_agrees_with_the_reference(shape, config, programs, scal
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    ("tokens", "config"),
-    [
-        *((1001, each) for each in TILES),
-        (1001, Many(192, 128, stages=4, consumers=3)),
-        (300, Many(256, 128, stages=3, slots=1, splits=2)),
-        (300, Many(128, 128, stages=4, slots=1, ahead=True, splits=2)),
-    ],
-    ids=str,
-)
-def test_each_way_to_cut_gives_the_same_bits_every_time(tokens, config):
-    x, weight = numbers(tokens, 712, 4096)
+@pytest.mark.parametrize("config", [*TILES, Many(192, 128, stages=4, consumers=3)], ids=str)
+def test_each_way_to_cut_gives_the_same_bits_every_time(config):
+    x, weight = numbers(1001, 712, 4096)
     run = jax.jit(functools.partial(mosaic.block_matmul, out_dtype=BF16, config=config))
 
     first = run(x, weight)
@@ -129,7 +116,6 @@ def test_the_tiles_cover_the_result_and_reach_past_no_token(tokens, rows):
         (Many(256, 128), "does not take 250 tokens"),
         (Many(128, 128, stages=9), "bytes of shared memory"),
         (Many(128, 128, stages=1), "at least 2 stages"),
-        (Many(128, 128, stages=2, splits=4), "does not split 256 columns"),
     ],
 )
 def test_a_config_that_does_not_fit_is_refused(config, says):

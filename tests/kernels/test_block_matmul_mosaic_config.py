@@ -19,13 +19,13 @@ def x_of(tokens: int) -> object:
 
 def assert_takes(config: object, shape: object) -> None:
     blocks = shape.columns // 128
-    assert blocks % config.splits == 0
     if isinstance(config, Many):
         assert config.tokens <= shape.tokens
         assert config.stages >= 2
         assert config.shared_bytes <= mosaic_config.SHARED_BYTES
         return
     steps = blocks // config.splits
+    assert blocks % config.splits == 0
     assert steps % config.blocks == 0
     assert 0 < config.stages <= steps // config.blocks
     assert config.shared_bytes(steps) <= mosaic_config.SHARED_BYTES
