@@ -113,7 +113,7 @@ def _peek(config: Config, params: Any, x, position, cache):
     attention, one = _attention(config, params), jnp.ones(1, jnp.int32)
     out, after = attention.attend(x, position, one, cache)
     turns = rotation(position[:, None], rope_frequencies(config, RATIO))
-    q_latent, _ = attention.latents(x, turns)
+    q_latent, _, _ = attention.latents(x, turns, after.window, position, one)
     chosen = attention.choose(attention.projected(x), q_latent, turns, position[:, None], after)
     return out[0, 0], chosen[0, 0]
 

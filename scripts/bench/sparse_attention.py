@@ -30,8 +30,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from expert_mlp import program, relative_error
-from harness import facts, save, timed
+from expert_mlp import relative_error
+from harness import facts, repeated, save, timed
 from profile_kernels import kernel_times, print_kernel_times
 
 from pallas_kernels import KeyValues, current_target, empty_kv, encode_rows
@@ -46,8 +46,7 @@ ENTRIES = 4096  # of a prompt: those of 16k tokens
 COPY_BYTES_PER_S = 4.3e12  # what a plain copy reaches on an H200
 BF16_FLOP_PER_S = 8.04e14
 COLD_BYTES = 100e6  # of keys between two uses of one; the L2 cache holds 60 MB
-# How long one program of a measurement runs, so that starting it does not count; a prompt's heats the chip.
-PROGRAM_US = {"decode": 30_000, "prefill": 8_000, "start": 8_000}
+PROGRAM_US = 3000  # about how long one is to run
 ROW_BYTES = {"bf16": 1024, "fp8": 584}
 MOST_ERROR = 4e-3  # relative: weights, parts and the result in bfloat16, each 1.7e-3 at most
 
@@ -154,8 +153,9 @@ class Case:
             compressed_index = jnp.where(jnp.arange(CHOSEN) < chosen, compressed_index, -1)
         return q, window_index[None], compressed_index
 
-    def rounds(self, guess_us: float) -> int:
-        return max(1, round(PROGRAM_US[self.kind] / (guess_us * self.sets)))
+    @property
+    def rounds(self) -> int:
+        return max(2, round(PROGRAM_US / (self.floor_us + 5) / self.sets))
 
     def error(self, out: jax.Array) -> float:
         """Relative to the reference in float32, for the first, the middle and the last query."""
@@ -188,12 +188,16 @@ class Case:
     def prepare(self, variant: Variant):
         """A program of many calls, how many, the result of one and its error; runs the op twice."""
         # A jitted function is lowered once, however often the program calls it.
-        run = jax.jit(functools.partial(attend, variant=variant))
-        out, again = (run(self.requests[0], self.cache) for _ in range(2))
+        one = jax.jit(functools.partial(attend, variant=variant))
+
+        def run(requests: list[Request], cache: Cache) -> list[jax.Array]:
+            return [one(request, cache) for request in requests]
+
+        out, again = (one(self.requests[0], self.cache) for _ in range(2))
         error = self.error(out) if (out == again).all() else float("nan")
-        rounds = self.rounds(2 * self.floor_us + 8)
-        compiled = program(run, rounds).lower(self.requests, self.cache).compile()
-        return functools.partial(compiled, self.requests, self.cache), rounds * self.sets, out, error
+        inputs, rounds = [(self.requests, self.cache)], jnp.int32(self.rounds)
+        compiled = repeated(run, 1).lower(inputs, rounds).compile()
+        return functools.partial(compiled, inputs, rounds), self.rounds * self.sets, out, error
 
 
 def _present(tokens: int) -> np.ndarray:
@@ -249,7 +253,6 @@ def main() -> int:
         "--tune", action="store_true", help="time candidate tilings too; saves no row of them"
     )
     parser.add_argument("--profile", action="store_true", help="print the kernels of a call and their times")
-    parser.add_argument("--seconds", type=float, default=75, help="start no new case after so long")
     parser.add_argument("--results", type=Path, help="JSON file to add rows to")
     arguments = parser.parse_args()
     # Calls that do not depend on each other must not run side by side, as they never do in a model.
@@ -265,49 +268,54 @@ def main() -> int:
         for tokens in arguments.prefill
     ]
     cases = [Case(*kind, form, arguments.turned) for kind in kinds for form in arguments.forms]
-    rows, wrong, here = [], 0, facts()
+    some = [
+        (case, variant)
+        for case in cases
+        for variant in variants(case, arguments.tune)
+        if isinstance(variant, Config) or not arguments.mosaic_only
+    ]
     with ThreadPoolExecutor(16) as pool:
-        for case in cases:
-            if time.perf_counter() - started > arguments.seconds:
-                print(f"# stopped before {case.id}: out of time", flush=True)
-                break
-            jax.block_until_ready((case.requests, case.cache))
-            some, chosen = variants(case, arguments.tune), tables(case)
-            some = [each for each in some if isinstance(each, Config) or not arguments.mosaic_only]
-            futures = [pool.submit(case.prepare, some[0])]
-            futures[0].exception()  # waits: the first also imports what all of them share
-            futures += [pool.submit(case.prepare, each) for each in some[1:]]
-            # All are compiled before any is timed: a compiling host disturbs the clock.
-            failures = [future.exception() for future in futures]
-            for variant, future, failure in zip(some, futures, failures, strict=True):
-                name = "mosaic" if isinstance(variant, Config) else "triton"
-                what = f"{case.id:48} {name} {' '.join(map(str, variant)):15}"
-                if failure:  # one that does not fit the chip is a result too, unless it is the table's
-                    wrong += variant == chosen[name]
-                    print(f"{what} {type(failure).__name__} {str(failure)[:150]}", flush=True)
-                    continue
-                prepared, calls, out, error = future.result()
-                off = float(difference(out, futures[0].result()[2])) if not failures[0] else 0.0
-                times = timed(prepared, calls)
-                us = times["us"]
-                right = error <= MOST_ERROR and off <= 2 * MOST_ERROR
-                wrong += not right
-                doubt = "" if right and us > 0.85 * case.floor_us else "  NOT BELIEVED"
-                print(
-                    f"{what} {us:8.2f} us, sustained {times['us_sustained']:8.2f}, floor {case.floor_us:7.2f}"
-                    f" error {error:.1e} {off:.1e}{doubt}",
-                    flush=True,
-                )
-                if variant == chosen[name]:
-                    row = {"id": case.id, "implementation": name, **times}
-                    row |= {"floor_us": round(case.floor_us, 2), "rel_err": error, "tiling": list(variant)}
-                    rows += [row | here] if not doubt else []
-                    if arguments.profile:
-                        print_kernel_times(case.id, kernel_times(prepared, calls))
-            del case.cache, case.requests, case._expected  # makes room for the next case
-            print(f"# {case.id}: {time.perf_counter() - started:.0f} s", flush=True)
-    if arguments.results:
-        save(rows, arguments.results)
+        # All are compiled before any is timed: a compiling host disturbs the clock.
+        jax.block_until_ready([(case.requests, case.cache) for case in cases])
+        futures = [pool.submit(some[0][0].prepare, some[0][1])]
+        futures[0].exception()  # waits: the first also imports what all of them share
+        futures += [pool.submit(case.prepare, variant) for case, variant in some[1:]]
+        prepared = {
+            each: future for each, future in zip(some, futures, strict=True) if not future.exception()
+        }
+        for (case, variant), future in zip(some, futures, strict=True):
+            if failure := future.exception():  # one that does not fit the chip is a result too
+                print(f"{case.id} {variant} {type(failure).__name__} {str(failure)[:150]}", flush=True)
+    print(f"# compiled; {time.perf_counter() - started:.0f} s", flush=True)
+
+    rows, wrong, here = [], 0, facts()
+    for case in cases:
+        chosen, first = tables(case), None
+        for variant in (variant for each, variant in some if each is case):
+            name = "mosaic" if isinstance(variant, Config) else "triton"
+            if (case, variant) not in prepared:
+                wrong += variant == chosen[name]
+                continue
+            run, calls, out, error = prepared.pop((case, variant)).result()
+            first = out if first is None else first
+            times, off = timed(run, calls), float(difference(out, first))
+            right = error <= MOST_ERROR and off <= 2 * MOST_ERROR
+            wrong += not right
+            doubt = "" if right and times["us"] > 0.85 * case.floor_us else "  NOT BELIEVED"
+            mark = "*" if variant == chosen[name] else " "
+            print(
+                f"{case.id:48} {name} {' '.join(map(str, variant)):20}{mark} {times['us']:8.2f} us, sustained"
+                f" {times['us_sustained']:8.2f}, floor {case.floor_us:7.2f}, error {error:.1e} {off:.1e}{doubt}",
+                flush=True,
+            )
+            if variant == chosen[name] and not doubt:
+                row = {"id": case.id, "implementation": name, **times}
+                row |= {"floor_us": round(case.floor_us, 2), "rel_err": error, "tiling": list(variant)}
+                rows.append(row | here)
+                if arguments.profile:
+                    print_kernel_times(case.id, kernel_times(run, calls))
+        if arguments.results:
+            save(rows, arguments.results)
     return 1 if wrong else 0
 
 

@@ -86,18 +86,17 @@ def test_the_kernels_take(target, arguments, scale, fits):
 @pytest.mark.parametrize(
     "arguments",
     [
-        pytest.param(shapes(1, 1, 64, 128, 128, 4096, 512), id="one query"),
-        pytest.param(shapes(32, 1, 64, 128, 128, 4096, 512), id="decoding"),
-        pytest.param(shapes(1, 4096, 128, 4223, 128, 1024, 1024), id="a prompt"),
-        pytest.param(shapes(1, 4096, 64, 4223, 128), id="a window"),
-        pytest.param(shapes(1, 129, 8, 256, 128, 8192, 8192), id="eight heads, all entries"),
-        pytest.param(shapes(1, 1000, 32, 1127, 128, 33, 33), id="32 heads, a list that fills no block"),
-        pytest.param(shapes(2, 3, 4, 9, 5, 6, 4, channels=32), id="a small model"),
         pytest.param(shapes(1, 1, 64, 128, 128, 4096, 512, codes=True, turned=True), id="one query, codes"),
-        pytest.param(shapes(64, 1, 16, 128, 128, 8192, 8192, codes=True, turned=True), id="decoding, codes"),
-        pytest.param(shapes(1, 999, 64, 128, 128, 64, 64, codes=True, turned=True), id="many queries, codes"),
+        pytest.param(shapes(32, 1, 64, 128, 128, 4096, 512), id="decoding"),
+        pytest.param(shapes(1, 4096, 128, 4223, 128, 1024, 1024, turned=True), id="a prompt"),
+        pytest.param(shapes(1, 4096, 64, 4223, 128, codes=True), id="a window, codes"),
         pytest.param(
-            shapes(2, 3, 4, 16, 16, 8, 8, channels=128, dtype=F32, codes=True, turned=True),
+            shapes(1, 129, 8, 256, 128, 8192, 8192, codes=True, turned=True),
+            id="eight heads, all entries, codes",
+        ),
+        pytest.param(shapes(1, 1000, 32, 1127, 128, 33, 33), id="32 heads, a list that fills no block"),
+        pytest.param(
+            shapes(2, 3, 4, 9, 5, 6, 4, channels=128, dtype=F32, codes=True, turned=True),
             id="a small model in float32 and codes",
         ),
     ],

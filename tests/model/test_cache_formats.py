@@ -41,8 +41,7 @@ def run(golden, layer: int, numerics: Numerics, kept: Numerics):
     return outs, cache
 
 
-@pytest.mark.parametrize("numerics", [KVQUANT, OFFICIAL], ids=["kvquant", "official"])
-@pytest.mark.parametrize("layer", [1, 2], ids=["CSA", "HCA"])
+@pytest.mark.parametrize(("layer", "numerics"), [(1, OFFICIAL), (2, KVQUANT)], ids=["CSA", "HCA"])
 def test_a_cache_of_codes_gives_the_bits_of_a_cache_of_numbers(tiny_fp4, layer, numerics):
     numbers = dataclasses.replace(numerics, kv=None, index=None)
 
