@@ -87,8 +87,9 @@ def save(rows: list[dict[str, Any]], path: Path) -> None:
 class Repeated:
     """A program that makes `passes` times `run` on each of some inputs, as often as it is told.
 
-    In a loop, because CUDA replays its body as one graph; a program without one has new places for its results
-    every time, for which the graph has to be made anew. Results are kept, and given back to be overwritten.
+    In a loop, because CUDA replays its body as one graph; a program without one has new places for its
+    results every time, for which the graph has to be made anew. Results are kept, and given back to be
+    overwritten.
 
     Attributes:
       calls: in a round.
