@@ -29,7 +29,7 @@ import jax.numpy as jnp
 sys.path.insert(0, str(Path(__file__).parent))
 
 from harness import Repeated, facts, save, timed
-from small_ops import COLD_BYTES, COPY_BYTES_PER_S, Inputs, error, size_bytes
+from small_ops import COLD_BYTES, COPY_BYTES_PER_S, error, size_bytes
 
 from dsv4_jax.config import FLASH
 from dsv4_jax.nn.rope import rope_frequencies
@@ -46,6 +46,7 @@ from pallas_kernels.cached_rows import empty_index_keys, empty_kv
 MOST_INPUTS = {"triton": 16, "reference": 4}  # a reference is several kernels, which take long to compile
 ROUND_US, PROGRAM_US = 400, 1500  # about how long a round and one program are to run
 MOST_STEPS = 128  # more tokens than so many are one sequence
+Inputs = tuple[Any, ...]
 EPS, PAIRS = FLASH.rms_norm_eps, FLASH.qk_rope_head_dim // 2
 
 

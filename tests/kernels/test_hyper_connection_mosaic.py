@@ -45,10 +45,11 @@ def made_up(tokens: int, weight_type: Any = jnp.bfloat16) -> tuple[jax.Array, ..
 def check(arguments: tuple[jax.Array, ...], found: tuple[Any, ...]) -> None:
     """Streams to a rounding; the others as the definition makes them of the streams found."""
     streams, x, post, comb = (np.asarray(each).astype(np.float32) for each in found)
-    expected = np.float32(reference.hc_post(*arguments[:4]))
-    *after, weight = arguments[4:]
+    y, before, old_post, old_comb = arguments[:4]
+    expected = np.float32(reference.hc_post(y, before, old_post, old_comb))
+    fn, scale, base, weight = arguments[4:]
     rounded = jnp.asarray(streams, jnp.bfloat16)
-    of_pre = reference.hc_pre(rounded, *after, ITERATIONS, EPS, EPS, weight)
+    of_pre = reference.hc_pre(rounded, fn, scale, base, ITERATIONS, EPS, EPS, weight)
     for mine, theirs, most in ((streams, expected, 2**-7), (x, np.float32(of_pre[0]), 2**-6)):
         # One rounding the other way is up to 2^-7 of a number, and two of them stand behind the input.
         assert (np.abs(mine - theirs) <= most * np.abs(theirs) + 1e-6).all()
