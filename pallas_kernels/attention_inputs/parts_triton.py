@@ -121,7 +121,7 @@ def requantized(
 
 @triton.jit
 def e4m3_byte(x):
-    """The nearest of E4M3, of numbers that are not beyond it, on any chip: some have other FP8 numbers, or none.
+    """The nearest of E4M3, of numbers that are not beyond it; on any chip, as some have other FP8, or none.
 
     Its bits are those of a float32 that is 2^-120 of it.
     """

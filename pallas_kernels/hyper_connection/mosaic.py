@@ -29,32 +29,15 @@ from pallas_kernels.hyper_connection.mosaic_ptx import (
     SUMS,
     TOKENS,
     WARPS,
-    WIDTH,
     Case,
     mixing_ptx,
     owning_ptx,
 )
-from pallas_kernels.target import Target
 
 CLUSTERS = 8  # of 16 multiprocessors each, that there is room for
 WARPGROUPS = MIXERS // 128
 # Registers of a thread once all know their part: those that mix, and the others. At first all have 96.
 REGISTERS = 112, 56
-
-
-def fits(target: Target, y, streams, post, comb, fn, scale, base, iterations, eps, norm_eps, weight) -> bool:
-    """Whether `hc_post_pre` takes these: the streams of Flash, on Hopper."""
-    floats = all(array.dtype == jnp.float32 for array in (post, comb, fn, scale, base))
-    return (
-        target.arch == "sm_90"
-        and y.dtype == streams.dtype == jnp.bfloat16
-        and floats
-        and streams.shape[-2:] == (STREAMS, WIDTH)
-        and streams.size > 0
-        and weight is not None
-        and weight.dtype in (jnp.bfloat16, jnp.float32)
-        and iterations > 0
-    )
 
 
 def _assemble(text: str, **operands: ir.Value) -> None:
@@ -103,7 +86,7 @@ def _run(case: Case, owns: bool, refs: dict[str, Any], tile: jax.Array) -> None:
 def _kernel(case: Case, *refs: Any) -> None:
     inputs = ("y", "streams", "post", "comb", "weights", "scale", "base", "weight")
     outputs = ("new", "x", "new_post", "new_comb")
-    named = dict(zip((*inputs, *outputs, *SHARED[False]), refs, strict=True))
+    named: dict[str, Any] = dict(zip((*inputs, *outputs, *SHARED[False]), refs, strict=True))
     tile = lax.axis_index("tile")
 
     def mix() -> None:
@@ -169,7 +152,7 @@ def hc_post_pre(
     norm_weight: jax.Array,
     clusters: int = CLUSTERS,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """See `pallas_kernels.hyper_connection`; `fits` says which arguments it is for."""
+    """See `pallas_kernels.hyper_connection`; for the streams of Flash, with a norm weight."""
     outer = y.shape[:-1]
     tokens = math.prod(outer)
     wide = norm_weight.dtype == jnp.float32

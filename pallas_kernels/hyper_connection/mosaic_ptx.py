@@ -1,16 +1,17 @@
-"""What the threads of the Mosaic kernel do, as PTX text: those that have channels, and those that have a token.
+"""What the threads of the Mosaic kernel do, as PTX text: those with channels, and those with a token.
 
-A cluster of 16 programs works on tiles of 16 tokens, one tile after the other. Each program has 256 channels of
-all four streams, and a row of `fn` has a piece of them in its shared memory. Of its 640 threads 512 mix: each
-has four channels of two tokens. What they find is added up by the programs' other threads, each program for one
-token of the tile, and comes back to all. Three messages go around for each tile:
+A cluster of 16 programs works on tiles of 16 tokens, one tile after the other. Each program has 256 channels
+of all four streams, and a row of `fn` has a piece of them in its shared memory. Of its 640 threads 512 mix:
+each has four channels of two tokens. What they find is added up by the programs' other threads, each program
+for one token of the tile, and comes back to all. Three messages go around for each tile:
 
-- sums: from each program to the one that has the token, its part of the 24 products and of the sum of squares;
+- sums: from each program to the one that has the token, its part of the 24 products and of the sum of
+  squares;
 - shares: from there to all, what the input takes of each stream;
 - totals: from each program to all, its part of the sum of squares of each token's input.
 
-Programs write them into each other's shared memory, where a barrier counts the bytes. What a tile's tokens are
-mixed by, `post` and `comb`, is brought in two tiles ahead.
+Programs write them into each other's shared memory, where a barrier counts the bytes. What a tile's tokens
+are mixed by, `post` and `comb`, is brought in two tiles ahead.
 
 `$name` stands for an operand of the inline assembly. A thread of a warp is t, c = divmod(lane, 4).
 """
@@ -130,8 +131,8 @@ def _load(case: Case, tile: str) -> list[str]:
 
 
 def _mix() -> list[str]:
-    """The new streams: written, and in registers a{stream}_0 to 3 as the tensor core takes them; of each row the
-    sum of their squares.
+    """The new streams: written, and in registers a{stream}_0 to 3 as the tensor core takes them; and of each
+    row the sum of their squares.
 
     Of the four the first two are rows 0 and 1 in the thread's first two channels, the others in its last two.
     """
@@ -170,8 +171,8 @@ def _mix() -> list[str]:
 def _project() -> list[str]:
     """Registers d{eight}_0 to 3: products of the new streams with rows of fn, in the tensor core's order.
 
-    Every number of fn is cut into three bfloat16 numbers whose sum it is. The tensor core cuts sums off instead
-    of rounding them: the smallest come first.
+    Every number of fn is cut into three bfloat16 numbers whose sum it is. The tensor core cuts sums off
+    instead of rounding them: the smallest come first.
     """
     lines = []
     for eight in range(ROWS // 8):
@@ -213,7 +214,7 @@ def _send_sums() -> list[str]:
 
 
 def _collapse() -> list[str]:
-    """Registers o{row}_0 and 1: the input in bfloat16; and each program's sum of its squares to all others."""
+    """Registers o{row}_0 and 1: the input in bfloat16; the program's sums of squares go to all."""
     lines = [
         f"ld.shared.v4.f32 {{s{row}_0, s{row}_1, s{row}_2, s{row}_3}}, [shares+{8 * row * 16}];"
         for row in range(2)
@@ -356,7 +357,7 @@ def mixing_ptx(case: Case) -> str:
         f"mad.lo.u32 mixing, one, {MIX_BYTES}, $mixing;",
         "mad.lo.u32 taken, t, 16, mixing;",
         "mad.lo.u32 mixing, t, 64, mixing;",
-        f"mad.lo.u32 ready, one, 8, $barriers;",
+        "mad.lo.u32 ready, one, 8, $barriers;",
         "bfe.u32 one, turn, 1, 1;",
         "add.u32 turn, turn, 1;",
         f"MIXED: mbarrier.try_wait.parity.shared::cta.b64 done, [ready+{8 * MIX}], one;",
@@ -491,8 +492,8 @@ def owning_ptx(case: Case) -> str:
     All warps do the same, and the first one tells.
 
     Operands: `thread`, below 128; `tile`, the cluster's first; addresses in memory: `weights` of fn, `scale`,
-    `base`, `post` and `comb`, and the `new_post` and `new_comb`; in shared memory: `fn`, `mixing`, `received`,
-    `shares`, `barriers`.
+    `base`, `post` and `comb`, and the `new_post` and `new_comb`; in shared memory: `fn`, `mixing`,
+    `received`, `shares`, `barriers`.
     """
     lines = [
         ".reg .pred done, zero, brings, tells, takes, real, more;",

@@ -1,8 +1,8 @@
-"""A small emulator of threads that run in step, written after the PTX manual, for PTX that a test wants computed.
+"""A small emulator of threads that run in step, after the PTX manual, for PTX that a test wants computed.
 
-It knows fragments of `wgmma` in E4M3 with the 128-byte swizzle of its second operand, and that nobody may touch
-a product before it was waited for; `mma.sync` in bfloat16; loops that all threads go through alike; and what
-programs of a cluster send each other.
+It knows fragments of `wgmma` in E4M3 with the 128-byte swizzle of its second operand, and that nobody may
+touch a product before it was waited for; `mma.sync` in bfloat16; loops that all threads go through alike; and
+what programs of a cluster send each other.
 """
 
 import dataclasses
@@ -48,9 +48,7 @@ class Warpgroup:
       registers: by name; those of operands begin with $.
     """
 
-    def __init__(
-        self, shared: np.ndarray | Cluster, memory: np.ndarray, threads: int = 128, rank: int = 0
-    ):
+    def __init__(self, shared: np.ndarray | Cluster, memory: np.ndarray, threads: int = 128, rank: int = 0):
         self.cluster = shared if isinstance(shared, Cluster) else Cluster([shared])
         self.memory, self.rank, self.count = memory, rank, threads
         self.registers: dict[str, np.ndarray] = {}
@@ -194,7 +192,8 @@ class Warpgroup:
         elif name.startswith("mbarrier.try_wait"):
             parity = self.read(arguments[2])
             places = self._addresses(arguments[1])
-            over = [barriers[whose(place)].phase != phase for place, phase in zip(places, parity, strict=True)]
+            waited = zip(places, parity, strict=True)
+            over = [barriers[whose(place)].phase != phase for place, phase in waited]
             self._write(arguments[0], np.array(over))
         elif name.startswith("st.async"):
             to, registers, barrier = arguments
