@@ -57,12 +57,12 @@ def test_generate_gives_the_tokens_of_the_official_implementation(capsys):
     assert "tok/s" in err
 
 
-def test_generate_compiles_nothing_that_warmup_has_compiled(tmp_path, text_checkpoint):
+def test_generate_compiles_nothing_that_warmup_has_compiled(tmp_path):
     programs = tmp_path / "programs"
     sizes = ["--max-len", "128", "--max-batch", "2", "--numerics", "plain", "--compile-cache", programs]
 
     def command(name: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-        line = [sys.executable, "-m", "dsv4_jax", name, text_checkpoint, *arguments, *sizes]
+        line = [sys.executable, "-m", "dsv4_jax", name, GOLDEN, *arguments, *sizes]
         return subprocess.run([str(part) for part in line], capture_output=True, text=True, check=True)
 
     def kept() -> list[str]:
@@ -70,12 +70,12 @@ def test_generate_compiles_nothing_that_warmup_has_compiled(tmp_path, text_check
 
     warmed = command("warmup")
     before = kept()
-    answered = command("generate", "--tokens", "3,4,5", "--max-tokens", "4", "--temperature", "0")
+    answered = command("generate", "--tokens", "3,4,5", "--max-tokens", "4", "--temperature", "0", "--json")
 
     assert "programs ready in" in warmed.stderr
     assert len(before) >= 3  # pieces of prompts, first tokens, decode steps
     assert kept() == before
-    assert len(answered.stdout.split(",")) == 4
+    assert len(json.loads(answered.stdout)["token_ids"]) == 4
 
 
 def test_the_module_is_the_command():
