@@ -241,11 +241,14 @@ def steps(
     eos_token_id: int,
     forced: Int32[Array, "n B"],
     most: Int32[Array, ""],
+    *,
+    invariant: bool = False,
 ) -> tuple[Added, Sequences]:
     """Up to `most` steps, of n at most; fewer if all rows are done before.
 
     Args:
       forced: as of `advance`, for each step.
+      invariant: as of `step`.
 
     Returns:
       What each of the n steps added, which is nothing in those that were not taken; and what follows.
@@ -254,7 +257,7 @@ def steps(
     def one(carry):
         number, added, sequences = carry
         told = jax.lax.dynamic_index_in_dim(forced, number, keepdims=False)
-        new, sequences = step(models, requests, sequences, eos_token_id, told)
+        new, sequences = step(models, requests, sequences, eos_token_id, told, invariant=invariant)
         write = functools.partial(jax.lax.dynamic_update_index_in_dim, index=number, axis=0)
         return number + 1, jax.tree.map(write, added, new), sequences
 

@@ -11,8 +11,8 @@ prompt that begins with the same pieces goes on from there, and gets the same an
 rest in the pieces in which it would have read it anyway.
 
 With `invariant` a greedy request's bits do not depend on the number of drafts either: prompts are read in
-pieces of one length, and all that its tokens and logprobs follow from is computed by programs that are the
-same for any such number. docs/numerics.md says what that guarantees, and what it costs.
+pieces of one length, and tokens of answers one at a time. docs/numerics.md says what that guarantees, and
+what it costs.
 """
 
 import collections
@@ -28,7 +28,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Float, Int32
 
 from dsv4_jax.cache import Cache, LayerCache, make_cache
 from dsv4_jax.checkpoint.load import LoadedModel
@@ -44,9 +44,7 @@ from dsv4_jax.decode import (
     Read,
     Requests,
     Sequences,
-    advance,
     first_step,
-    read,
     read_out,
     steps,
 )
@@ -68,13 +66,6 @@ FinishReason = Literal["stop", "length", "error", "cancelled"]
 # On a GPU starting a program costs the host some microseconds for each array and each kernel in it. Where the
 # host takes longer than the device for one step, it is to start several at once.
 STEPS_ON_GPU = 8
-# XLA's options for a program with a loop: all of it becomes one CUDA graph, however small, loops included. By
-# default they are not, and the host waits for the device at each turn.
-ONE_GRAPH = {
-    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,"
-    "CONDITIONAL,WHILE",
-    "xla_gpu_graph_min_graph_size": 1,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +144,7 @@ class Engine:
         Args:
           pieces: lengths of the pieces in which prompts are read; `invariant` has one of its own.
           prefix_bytes: memory for the beginnings of prompts; 0 keeps none.
-          steps_at_once: None is one on a CPU and with `invariant`, which allows no more, and some on a GPU.
+          steps_at_once: None is one on a CPU and some on a GPU.
 
         Raises:
           MemoryPlanError: caches and beginnings do not fit the device's free memory, or `prefix_bytes` do not
@@ -168,7 +159,7 @@ class Engine:
         self.slots, self.max_len, self.draft_tokens = slots, max_len, draft_tokens
         self.invariant = invariant
         several = STEPS_ON_GPU if current_target().vendor != "cpu" else 1
-        self.steps_at_once = 1 if invariant else steps_at_once or several
+        self.steps_at_once = steps_at_once or several
         self.prefix_hits = self.prefix_tokens = 0
         self._pieces = (INVARIANT_PIECE,) if invariant else tuple(sorted(pieces))
         # Caches of one size for any number of drafts, so that the programs which take them are the same.
@@ -425,25 +416,11 @@ class Engine:
 
     def _decode(self, requests: Iterable[_Request]) -> Added:
         """Takes steps, as many as some of these need, but one while a prompt is read."""
-        if self.invariant:
-            return self._decode_invariant(requests)
         most = min(self.steps_at_once, max(request.left for request in requests))
         if any(request.reading for request in self._running.values()):
             most = 1
         what = self._params, self._requests, self._sequences, self._told(requests, most), np.int32(most)
-        added, self._sequences = _steps(*self._static, *what)
-        return added
-
-    def _decode_invariant(self, requests: Iterable[_Request]) -> Added:
-        """Takes one step: reads the newest token and the drafts of every row, and chooses what follows."""
-        now = self._sequences
-        found, main, head = [], now.caches.main, now.caches.head
-        for ids, position, reads in _columns(now.token, now.drafts, now.position, now.done):
-            what, main = _read(*self._static, self._params[0], ids, position, reads, main)
-            found.append(what)
-        now = dataclasses.replace(now, caches=Caches(main, head))
-        told = self._told(requests, 1)[0]
-        added, self._sequences = _advance(*self._static, self._params, self._requests, now, found, told)
+        added, self._sequences = _steps(*self._static, self.invariant, *what)
         return added
 
     def _told(
@@ -530,10 +507,6 @@ def _models(config: Config, numerics: Numerics, params: tuple[Params, Params | N
     return Models(bind(config, numerics, main), None if mtp is None else bind_mtp(config, numerics, mtp))
 
 
-# What these three programs find, a request's tokens and logprobs follow from. An invariant engine calls them
-# with arrays of the same shapes whatever its number of drafts, so they are the very same programs.
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def _read_prompt(
     config: Config,
@@ -560,20 +533,6 @@ def _read_out(
 ) -> Read:
     """What the model says after the prompt of one slot."""
     return read_out(bind(config, numerics, params), _row(last, slot)[:, None])
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=6)
-def _read(
-    config: Config,
-    numerics: Numerics,
-    params: Params,
-    ids: Int32[Array, "S n"],
-    position: Int32[Array, " S"],
-    reads: Int32[Array, " S"],
-    cache: Cache,
-) -> tuple[Read, Cache]:
-    """What the model says after each of these tokens."""
-    return read(bind(config, numerics, params), ids, position, reads, cache)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
@@ -630,15 +589,11 @@ def _begin(
     return _set_row(nothing, added, slot), _set_row(sequences, begun, slot)
 
 
-@functools.partial(
-    jax.jit,
-    static_argnums=(0, 1),
-    donate_argnums=4,
-    compiler_options=ONE_GRAPH,
-)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
 def _steps(
     config: Config,
     numerics: Numerics,
+    invariant: bool,
     params: tuple[Params, Params | None],
     requests: Requests,
     sequences: Sequences,
@@ -647,36 +602,7 @@ def _steps(
 ) -> tuple[Added, Sequences]:
     """Up to `most` decode steps; all it is given may change without a compile."""
     models = _models(config, numerics, params)
-    return steps(models, requests, sequences, config.eos_token_id, forced, most)
-
-
-@jax.jit
-def _columns(
-    token: Int32[Array, " S"],
-    drafts: Int32[Array, "S k"],
-    position: Int32[Array, " S"],
-    done: Bool[Array, " S"],
-) -> list[tuple[Int32[Array, "S 1"], Int32[Array, " S"], Int32[Array, " S"]]]:
-    """The tokens to read, one of each row at a time, with their positions and how many count."""
-    ids = jnp.concatenate([token[:, None], drafts], axis=1)
-    reads = jnp.where(done, 0, 1)
-    return [(ids[:, place : place + 1], position + place, reads) for place in range(ids.shape[1])]
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
-def _advance(
-    config: Config,
-    numerics: Numerics,
-    params: tuple[Params, Params | None],
-    requests: Requests,
-    sequences: Sequences,
-    found: list[Read],
-    forced: Int32[Array, " S"],
-) -> tuple[Added, Sequences]:
-    """What follows from what the model said of all tokens just read."""
-    together = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *found)
-    models, drafts = _models(config, numerics, params), sequences.drafts.shape[1]
-    return advance(models, requests, sequences, together, drafts, config.eos_token_id, forced)
+    return steps(models, requests, sequences, config.eos_token_id, forced, most, invariant=invariant)
 
 
 # --- host helpers

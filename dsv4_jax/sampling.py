@@ -172,8 +172,8 @@ def _leading(
 ) -> Bool[Array, "B V"]:
     """The tokens before which there is less than `limit`, the most likely first, the smaller id of a tie.
 
-    Sorts nothing: sorting the vocabulary in many rows takes longer than to find the last of these tokens digit
-    by digit, and on a GPU it cannot be part of a graph.
+    Sorts nothing: to sort the vocabulary of many rows takes longer than to find the last of these tokens,
+    digit by digit, and on a GPU a sort cannot be part of a graph.
     """
     bits = jax.lax.bitcast_convert_type(logits + 0.0, jnp.uint32)  # + 0.0: the two zeros are one
     key = jnp.where(bits >> 31 == 1, ~bits, bits | np.uint32(1 << 31))  # in the order of the numbers

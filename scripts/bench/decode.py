@@ -51,7 +51,7 @@ from profile_kernels import kernel_times, print_kernel_times
 from dsv4_jax.cache import LayerCache, make_cache
 from dsv4_jax.config import PRESETS, Config
 from dsv4_jax.decode import Caches, Models, Requests, Sequences, steps
-from dsv4_jax.engine import ONE_GRAPH, PIECES, STEPS_ON_GPU
+from dsv4_jax.engine import PIECES, STEPS_ON_GPU
 from dsv4_jax.model import bind, declare, run_block
 from dsv4_jax.mtp import bind_mtp, make_mtp_cache
 from dsv4_jax.numerics import OFFICIAL
@@ -391,7 +391,7 @@ def prepare(work: Work, implementation: str | None) -> Prepared:
         result = jax.eval_shape(work.advance, work.params, shapes)[0]
         lowered = jax.jit(work.advance, donate_argnums=1).lower(work.params, shapes)
         traced = time.perf_counter()
-        advance = lowered.compile(compiler_options=ONE_GRAPH)  # as the engine compiles its steps
+        advance = lowered.compile()
         compiled = time.perf_counter()
         finish = work.finish and jax.jit(work.finish).lower(work.params, result).compile()
     memory = advance.memory_analysis()

@@ -28,7 +28,14 @@ def started(loaded: LoadedModel, draft_tokens: int, **more) -> Engine:
     return Engine(loaded, numerics=PLAIN, draft_tokens=draft_tokens, **sizes)
 
 
-@pytest.fixture(scope="module", params=[(0, 1), (2, 4)], ids=["k=0", "k=2, four steps at once"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param((0, 1), id="k=0"),
+        pytest.param((2, 4), id="k=2, four steps at once"),
+        *[pytest.param((k, 8), id=f"k={k} on a GPU", marks=pytest.mark.gpu) for k in (0, 2)],
+    ],
+)
 def engine(tiny_fp4, shallow, request) -> Engine:
     draft_tokens, steps_at_once = request.param
     made = started(shallow(tiny_fp4.loaded), draft_tokens, steps_at_once=steps_at_once)

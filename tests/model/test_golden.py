@@ -76,3 +76,13 @@ def test_every_reference_array_is_tested(checkpoint, outputs):
     found = [key for each in {mode(key) for key in keys} for key in outputs(checkpoint, each)]
 
     assert sorted(found) == sorted(keys)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+def test_a_gpu_gives_what_the_official_model_gives(checkpoint, load_golden, outputs):
+    golden = load_golden(checkpoint)
+
+    for key in reference_keys(checkpoint):
+        if mode(key) != "kvquant":
+            golden.assert_agrees(key, outputs(checkpoint, mode(key))[key])
