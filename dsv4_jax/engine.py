@@ -20,7 +20,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
@@ -52,6 +52,7 @@ from dsv4_jax.errors import MemoryPlanError, RequestError
 from dsv4_jax.model import Params, bind
 from dsv4_jax.mtp import bind_mtp, make_mtp_cache
 from dsv4_jax.numerics import Numerics
+from dsv4_jax.penalties import Penalties, Said
 from dsv4_jax.prefix import PrefixCache, PromptState, put_block, take_block
 from dsv4_jax.sampling import SamplingParams
 from dsv4_jax.sharding import constrain
@@ -184,6 +185,7 @@ class Engine:
         self._numbers = itertools.count()
         self._waiting: collections.deque[_Request] = collections.deque()
         self._running: dict[int, _Request] = {}  # by slot
+        self._penalised: tuple[Penalties, Said] | None = None
         self._late: list[Event] = []  # of requests that were cancelled
         self._flying: tuple[Added, dict[int, _Request]] | None = None
 
@@ -247,7 +249,8 @@ class Engine:
             landed, self._flying = self._flying, None
             decoding = {slot: each for slot, each in self._running.items() if not each.reading}
             if decoding:
-                self._flying = self._decode(decoding.values()), decoding
+                with self._asked(decoding.values()) as asked:
+                    self._flying = self._decode(asked, decoding.values()), decoding
             if landed is not None:
                 events += self._events(*landed)
         return events
@@ -350,8 +353,37 @@ class Engine:
                 request = self._waiting.popleft()
                 request.slot = slot
                 self._running[slot] = request
-                row = Requests.stack([request.sampling])
+                row = dataclasses.replace(Requests.stack([request.sampling]), penalties=None)
                 self._requests = _set_row(self._requests, row, np.int32(slot))
+                if request.sampling.penalises or self._penalised is not None:
+                    self._remember(request)
+
+    def _remember(self, request: _Request) -> None:
+        """Notes a request's penalties, perhaps none, and its prompt; the first with any makes room for it."""
+        vocab_size = self.model.config.vocab_size
+        if self._penalised is None:
+            none = Penalties.stack([SamplingParams()] * self.slots)
+            self._penalised = none, Said.nothing(self.slots, vocab_size)
+        row = Penalties.stack([request.sampling]), Said.prompt_of(request.ids, vocab_size)
+        slot = np.int32(request.slot)  # type: ignore[arg-type]
+        self._penalised = _set_row(self._penalised, row, slot)
+
+    @contextmanager
+    def _asked(self, requests: Iterable[_Request]) -> Iterator[Requests]:
+        """What all rows ask for; with penalties only if one of these has any.
+
+        Inside, the sequences know what has been said if one of these has penalties.
+        """
+        if not any(request.sampling.penalises for request in requests):
+            yield self._requests
+            return
+        assert self._penalised is not None
+        penalties, said = self._penalised
+        self._sequences = dataclasses.replace(self._sequences, said=said)
+        yield dataclasses.replace(self._requests, penalties=penalties)
+        assert self._sequences.said is not None
+        self._penalised = penalties, self._sequences.said
+        self._sequences = dataclasses.replace(self._sequences, said=None)
 
     @property
     def _state(self) -> PromptState:
@@ -402,8 +434,10 @@ class Engine:
             return []
         place = np.array([slot, len(request.ids)], np.int32)
         last = _read_out(*self._static, self._params[0], self._last, np.int32(slot))
-        what = self._params, self._requests, self._sequences, last, self._told([request], 1)[0], place
-        added, self._sequences = _begin(*self._static, self.draft_tokens, *what)
+        told = self._told([request], 1)[0]
+        with self._asked([request]) as asked:
+            what = self._params, asked, self._sequences, last, told, place
+            added, self._sequences = _begin(*self._static, self.draft_tokens, *what)
         return self._events(added, {slot: request}, drafted=0)
 
     def _read_ids(self, ids: Int32[np.ndarray, "1 T"], numbers: Int32[np.ndarray, "3"]) -> None:
@@ -414,12 +448,12 @@ class Engine:
         head, last = _follow(*self._static, self._params, behind, streams, ids, numbers)
         self._state = PromptState(Caches(main, head), last)
 
-    def _decode(self, requests: Iterable[_Request]) -> Added:
+    def _decode(self, asked: Requests, requests: Iterable[_Request]) -> Added:
         """Takes steps, as many as some of these need, but one while a prompt is read."""
         most = min(self.steps_at_once, max(request.left for request in requests))
         if any(request.reading for request in self._running.values()):
             most = 1
-        what = self._params, self._requests, self._sequences, self._told(requests, most), np.int32(most)
+        what = self._params, asked, self._sequences, self._told(requests, most), np.int32(most)
         added, self._sequences = _steps(*self._static, self.invariant, *what)
         return added
 
@@ -582,8 +616,9 @@ def _begin(
     What it adds is that of all slots, of which the others get nothing.
     """
     models, slot = _models(config, numerics, params), place[0]
-    row, asked, told = _row((sequences.caches, requests, forced), slot)
-    added, begun = first_step(models, asked, last, place[1:], row, draft_tokens, config.eos_token_id, told)
+    row, asked, told, said = _row((sequences.caches, requests, forced, sequences.said), slot)
+    eos = config.eos_token_id
+    added, begun = first_step(models, asked, last, place[1:], row, draft_tokens, eos, said, told)
     slots = sequences.count.shape[0]
     nothing = jax.tree.map(lambda leaf: jnp.zeros((slots, *leaf.shape[1:]), leaf.dtype), added)
     return _set_row(nothing, added, slot), _set_row(sequences, begun, slot)
