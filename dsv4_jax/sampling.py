@@ -21,10 +21,6 @@ from dsv4_jax.errors import RequestError
 from dsv4_jax.parallel import Along, spread
 from dsv4_jax.vocabulary import most_likely
 
-# What rows ask for, from the least work to the most: the most likely token, a draw, a draw after cuts.
-KINDS = ("greedy", "whole", "cut")
-Kind = Literal["greedy", "whole", "cut"]
-
 # Below the smallest normal float32 a division may flush to zero, so such a temperature counts as 0.
 LOWEST_TEMPERATURE = float(np.finfo(np.float32).tiny)
 HIGHEST_TEMPERATURE = float(np.finfo(np.float32).max)
@@ -36,6 +32,9 @@ _RANGES: dict[str, tuple[type, Callable[[Any], bool], str]] = {
     "top_k": (Integral, lambda value: 0 <= value < 2**31, "an integer >= 0 (0 turns it off)"),
     "top_p": (Real, lambda value: 0 < value <= 1, "in (0, 1]"),
     "min_p": (Real, lambda value: 0 <= value <= 1, "in [0, 1]"),
+    "repetition_penalty": (Real, lambda value: 0 < value <= 2, "in (0, 2]"),
+    "presence_penalty": (Real, lambda value: -2 <= value <= 2, "in [-2, 2]"),
+    "frequency_penalty": (Real, lambda value: -2 <= value <= 2, "in [-2, 2]"),
     "seed": (Integral, lambda value: 0 <= value < 2**32, "an integer in [0, 2**32)"),
     "ignore_eos": (bool, lambda _: True, "True or False"),
     "logprobs": (bool, lambda _: True, "True or False"),
@@ -55,6 +54,9 @@ class SamplingParams:
     top_k: int = 0  # keep the k most likely tokens; 0 is off
     top_p: float = 1.0  # keep the fewest tokens that together reach this probability; 1 is off
     min_p: float = 0.0  # keep tokens at least this fraction as likely as the best one; 0 is off
+    repetition_penalty: float = 1.0  # for tokens of prompt and answer; 1 is off
+    presence_penalty: float = 0.0  # subtracted from the logits of tokens of the answer; 0 is off
+    frequency_penalty: float = 0.0  # the same, for each time that they are there; 0 is off
     seed: int = 0
     ignore_eos: bool = False  # go on to max_tokens past an end-of-sentence token
     logprobs: bool = False  # list the log-probability of each generated token in the output
@@ -70,11 +72,9 @@ class SamplingParams:
                 raise RequestError(f"{name} must be {wanted}, got {value!r}.")
 
     @property
-    def kind(self) -> Kind:
-        """What the sampler has to do for it."""
-        if self.temperature < LOWEST_TEMPERATURE:
-            return "greedy"
-        return "cut" if self.top_k > 0 or self.top_p < 1 or self.min_p > 0 else "whole"
+    def penalises(self) -> bool:
+        """Whether it asks for any penalty."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
 
 
 def _stop_strings(stop: Any) -> tuple[str, ...]:
@@ -87,19 +87,13 @@ def _stop_strings(stop: Any) -> tuple[str, ...]:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SamplingArrays:
-    """The parameters that `sample` reads, one value per row of a batch.
-
-    Attributes:
-      kind: the most that any row asks for, where that is known when a program is traced. Else the program
-        finds out as it runs, which on a GPU makes the host wait for the device.
-    """
+    """The parameters that `sample` reads, one value per row of a batch."""
 
     temperature: Float32[Array, "B"]
     top_k: Int32[Array, "B"]
     top_p: Float32[Array, "B"]
     min_p: Float32[Array, "B"]
     seed: UInt32[Array, "B"]
-    kind: Kind | None = dataclasses.field(default=None, metadata={"static": True})
 
     @classmethod
     def stack(cls, params: Sequence[SamplingParams]) -> Self:
@@ -124,7 +118,7 @@ def sample(
 
     Rows at temperature 0 take the most likely token, the smaller id of a tie. The others draw from
     `truncated_logits`. Pure and jittable; a batch that is all greedy draws nothing, and one that asks for
-    no truncation sorts nothing.
+    no truncation searches for no cut.
 
     Args:
       logits: as the model gives them. A row with a NaN gives some token and a NaN; no error is raised.
@@ -141,8 +135,8 @@ def sample(
 def _sample(
     logits: Float32[Array, "B V"], sampling: SamplingArrays, step: Int32[Array, "B"]
 ) -> tuple[Int32[Array, "B"], Float32[Array, "B"]]:
-    tokens = if_greedy(
-        sampling,
+    tokens = jax.lax.cond(
+        all_greedy(sampling),
         lambda: most_likely(logits),
         lambda: draw(truncated_logits(logits, sampling), sampling.seed, step),
     )
@@ -171,8 +165,8 @@ def truncated_logits(logits: Float32[Array, "B V"], sampling: SamplingArrays) ->
         vocabulary.kept, top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p
     )
     truncates = (sampling.top_k > 0) | (sampling.top_p < 1) | (sampling.min_p > 0)
-    truncated = _decide(
-        jnp.any(truncates & ~greedy) if sampling.kind is None else sampling.kind == "cut",
+    truncated = jax.lax.cond(
+        jnp.any(truncates & ~greedy),
         lambda: jnp.where(kept(tempered), tempered, -jnp.inf),
         lambda: tempered,
     )
@@ -180,17 +174,9 @@ def truncated_logits(logits: Float32[Array, "B V"], sampling: SamplingArrays) ->
     return jnp.where(greedy[:, None], jnp.where(is_best, 0.0, -jnp.inf), truncated)
 
 
-def if_greedy[T](sampling: SamplingArrays, greedy: Callable[[], T], drawn: Callable[[], T]) -> T:
-    """What `greedy` gives if no row draws anything, else what `drawn` gives."""
-    holds = jnp.all(_is_greedy(sampling)) if sampling.kind is None else sampling.kind == "greedy"
-    return _decide(holds, greedy, drawn)
-
-
-def _decide[T](holds: bool | Bool[Array, ""], then: Callable[[], T], otherwise: Callable[[], T]) -> T:
-    """`jax.lax.cond`, but for what is known before anything runs."""
-    if isinstance(holds, bool):
-        return then() if holds else otherwise()
-    return jax.lax.cond(holds, then, otherwise)
+def all_greedy(sampling: SamplingArrays) -> Bool[Array, ""]:
+    """Whether no row draws anything."""
+    return jnp.all(_is_greedy(sampling))
 
 
 def _is_greedy(sampling: SamplingArrays) -> Bool[Array, "B"]:

@@ -4,21 +4,21 @@ The parts stay where they are: what devices tell each other is a few numbers a r
 `parallel.spread`, and without a mesh, the part is the whole.
 """
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
 from dsv4_jax import parallel
 from dsv4_jax.parallel import Along
+from pallas_kernels.target import current_target
 
 AXIS = "vocab"
 
 # How rows are split: those of a batch, and those of several tokens for each row of it.
 ROWS, ROWS_OF_TOKENS = Along("batch", AXIS), Along("batch", None, AXIS)
 
-_DIGIT = 4  # bits that one exchange decides in `_smallest`
+_DIGIT = 4  # bits of a number that `_smallest` finds in one pass
 
 
 def ids(here: Float32[Array, "*rows V"]) -> Int32[Array, " V"]:
@@ -50,6 +50,12 @@ def largest(here: Float32[Array, "*rows V"]) -> Float32[Array, "*rows 1"]:
     return parallel.largest(here.max(-1, keepdims=True), AXIS)
 
 
+def place_of(tokens: Int32[Array, "*rows"], here: Array) -> Int32[Array, "*rows"]:
+    """Where tokens are in the rows of `here`; past the end where they are not."""
+    place = tokens - parallel.part(AXIS) * here.shape[-1]
+    return place if parallel.parts(AXIS) == 1 else jnp.where(place >= 0, place, here.shape[-1])
+
+
 def at(here: Float32[Array, "*rows V"], tokens: Int32[Array, "*rows"]) -> Float32[Array, "*rows"]:
     """The number of one token in each row."""
     place = tokens - parallel.part(AXIS) * here.shape[-1]
@@ -76,63 +82,60 @@ def kept(
     top_p: Float32[Array, " B"],
     min_p: Float32[Array, " B"],
 ) -> Bool[Array, "B V"]:
-    """Which tokens min-p, top-k and top-p leave, in this order; 0, 0 and 1 turn them off.
-
-    Each keeps the first tokens of the row in the order of their numbers, then of their ids. What is wanted is
-    therefore a cut, and it is found digit by digit, from how many tokens lie before it and how likely these
-    are together: nothing is sorted.
+    """Which tokens min-p, top-k and top-p leave; 0, 0 and 1 turn them off.
 
     Args:
       here: the largest of each row must be 0.
     """
-    key, token = _descending(here), jnp.broadcast_to(ids(here).astype(jnp.uint32), here.shape)
-    most = jnp.where(top_k > 0, top_k, here.shape[-1] * parallel.parts(AXIS)).astype(jnp.float32)
-    keep = _first(key, token, jnp.ones_like(here), most[:, None]) & (here >= jnp.log(min_p)[:, None])
-    mass = jnp.where(keep, jnp.exp(here), 0)
-    reached = top_p[:, None] * parallel.total(mass.sum(-1, keepdims=True), AXIS)
-    reached = jnp.maximum(reached, jnp.finfo(jnp.float32).tiny)  # the most likely token always stays
+    few = jnp.where(top_k > 0, top_k, here.shape[-1] * parallel.parts(AXIS)).astype(jnp.float32)
+    kept = _leading(here, jnp.ones_like(here), few) & (here >= jnp.log(min_p)[:, None])
+    mass = jnp.where(kept, jnp.exp(here), 0)
+    wanted = top_p * parallel.total(mass.sum(-1), AXIS)
+    wanted = jnp.maximum(wanted, jnp.finfo(jnp.float32).tiny)  # the best one has nothing before it
     # At 1 it is off by its own test: rounding in the sum must not cost such a row its tail.
-    return keep & (_first(key, token, mass, reached) | (top_p >= 1)[:, None])
+    return kept & (_leading(here, mass, wanted) | (top_p >= 1)[:, None])
 
 
-def _descending(here: Float32[Array, "B V"]) -> UInt32[Array, "B V"]:
-    """Keys in the opposite order of the numbers."""
-    bits = jax.lax.bitcast_convert_type(here + 0.0, jnp.uint32)  # no -0, which is equal to 0
-    return jnp.where(bits >> 31, bits, ~bits & jnp.uint32(0x7FFFFFFF))
-
-
-def _first(
-    key: UInt32[Array, "B V"],
-    token: UInt32[Array, "B V"],
-    weight: Float32[Array, "B V"],
-    reached: Float32[Array, "B 1"],
+def _leading(
+    here: Float32[Array, "B V"], weight: Float32[Array, "B V"], limit: Float32[Array, " B"]
 ) -> Bool[Array, "B V"]:
-    """The tokens before which the weights come to less than `reached`, in the order of keys, then of ids."""
+    """The tokens before which there is less than `limit`, the most likely first, the smaller id of a tie.
 
-    def come_to_less(holds: Bool[Array, "B n V"], ahead: Float32[Array, "B 1"] | float) -> Bool[Array, "B n"]:
-        return parallel.total(jnp.where(holds, weight[:, None], 0).sum(-1), AXIS) + ahead < reached
-
-    last = _largest(lambda bound: come_to_less(key[:, None] < bound[..., None], 0.0), 32, reached.shape)
-    tied = key == last
-    ahead = parallel.total(jnp.where(key < last, weight, 0).sum(-1, keepdims=True), AXIS)
-    bits = (token.shape[-1] * parallel.parts(AXIS)).bit_length()
-    last_token = _largest(
-        lambda bound: come_to_less(tied[:, None] & (token[:, None] < bound[..., None]), ahead),
-        -(-bits // _DIGIT) * _DIGIT,
-        reached.shape,
-    )
-    return (key < last) | (tied & (token <= last_token))
+    Sorts nothing: to sort the vocabulary of many rows takes longer than to find the last of these tokens,
+    digit by digit, and on a GPU a sort cannot be part of a graph.
+    """
+    bits = jax.lax.bitcast_convert_type(here + 0.0, jnp.uint32)  # + 0.0: the two zeros are one
+    key = jnp.where(bits >> 31 == 1, ~bits, bits | np.uint32(1 << 31))  # in the order of the numbers
+    last = _smallest(key, weight, limit, bits=32)[:, None]
+    # Of the tokens that are as likely as the last one it is again so many, by their ids.
+    size = here.shape[-1] * parallel.parts(AXIS)
+    place = (size - ids(here)).astype(jnp.uint32)
+    tied = jnp.where(key == last, place, jnp.where(key > last, np.uint32(2**32 - 1), 0))
+    return tied >= _smallest(tied, weight, limit, bits=size.bit_length())[:, None]
 
 
-def _largest(
-    holds: Callable[[UInt32[Array, "B n"]], Bool[Array, "B n"]], bits: int, shape: tuple[int, int]
-) -> UInt32[Array, "B 1"]:
-    """The largest number of so many bits for which `holds`, which it does up to there and for 0."""
-    steps = jnp.arange(1, 2**_DIGIT, dtype=jnp.uint32)
+def _smallest(
+    key: UInt32[Array, "B V"], weight: Float32[Array, "B V"], limit: Float32[Array, " B"], bits: int
+) -> UInt32[Array, " B"]:
+    """The smallest number, of so many bits, above which keys weigh less than `limit`."""
 
-    def one_digit(number, found):
-        shift = (bits - _DIGIT * (number + 1)).astype(jnp.uint32)
-        digit = holds(found + (steps << shift)).sum(-1, keepdims=True, dtype=jnp.uint32)
-        return found + (digit << shift)
+    def above(*numbers: UInt32[Array, " B"]) -> tuple[Float32[Array, " B"], ...]:
+        """What the keys above each of them weigh, in one pass."""
+        heavy = tuple(jnp.where(key > number[:, None], weight, 0) for number in numbers)
+        sums = jax.lax.reduce(heavy, (np.float32(0),) * len(heavy), _add, (1,))
+        return sums if parallel.parts(AXIS) == 1 else tuple(parallel.total(jnp.stack(sums), AXIS))
 
-    return jax.lax.fori_loop(0, bits // _DIGIT, one_digit, jnp.zeros(shape, jnp.uint32))
+    def next_digit(number, found: UInt32[Array, " B"]) -> UInt32[Array, " B"]:
+        """Of the largest number above which they do not. However rounded, fewer weights are never more."""
+        shift = jnp.uint32(_DIGIT * (digits - 1 - number))
+        sums = above(*(found + (jnp.uint32(digit) << shift) for digit in range(1, 2**_DIGIT)))
+        return found + (sum((each >= limit).astype(jnp.uint32) for each in sums) << shift)
+
+    none, digits = jnp.zeros(key.shape[:1], jnp.uint32), -(-bits // _DIGIT)
+    # On a GPU each turn of a loop costs as much as its work; on a CPU only compiling it would.
+    found = jax.lax.fori_loop(0, digits, next_digit, none, unroll=current_target().vendor != "cpu")
+    return jnp.where(above(none)[0] >= limit, found + 1, 0)
+
+
+def _add(sums, more):
+    return tuple(map(jnp.add, sums, more))

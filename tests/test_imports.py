@@ -25,7 +25,7 @@ LEVELS = [
     ["mtp"],
     ["checkpoint.*"],
     ["sampling"],
-    ["speculative"],
+    ["penalties", "speculative"],
     ["decode"],
     ["generate", "prefix"],
     ["engine"],

@@ -26,10 +26,10 @@ from typing import Any, Self
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import jax
 import machines
 import programs
 
-import jax
 from dsv4_jax.cli.options import mesh_sizes
 from dsv4_jax.config import PRESETS, Config
 from dsv4_jax.numerics import OFFICIAL

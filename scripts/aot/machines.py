@@ -5,9 +5,6 @@ import dataclasses
 import functools
 import importlib.util
 import os
-import re
-import subprocess
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path

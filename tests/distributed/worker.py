@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from dsv4_jax.batch import answer_to_file, requests_of
 from dsv4_jax.checkpoint.convert import convert

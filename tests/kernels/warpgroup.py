@@ -1,41 +1,97 @@
-"""A small emulator of a warpgroup, written after the PTX manual, for PTX that a test wants to see computed.
+"""A small emulator of threads that run in step, after the PTX manual, for PTX that a test wants computed.
 
-It knows straight text: fragments of `wgmma` in E4M3, the 128-byte swizzle of its second operand, and that
-nobody may touch a product before it was waited for.
+It knows fragments of `wgmma` in E4M3 with the 128-byte swizzle of its second operand, and that nobody may
+touch a product before it was waited for; `mma.sync` in bfloat16; loops that all threads go through alike; and
+what programs of a cluster send each other.
 """
 
+import dataclasses
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-THREADS = 128
+REMOTE = 24  # bits of an address in shared memory; above stands a program of the cluster, plus one
+
+
+@dataclasses.dataclass
+class Barrier:
+    """An mbarrier: a phase is over when so many have arrived and no bytes are awaited."""
+
+    count: int
+    pending: int
+    bytes: int = 0
+    phase: int = 0
+
+    def told(self, arrivals: int, bytes: int) -> None:
+        self.pending -= arrivals
+        self.bytes += bytes
+        assert self.pending >= 0
+        if self.pending == 0 and self.bytes == 0:
+            self.phase, self.pending = self.phase ^ 1, self.count
+
+
+class Cluster:
+    """Shared memories of some programs, and the barriers in them."""
+
+    def __init__(self, shared: list[np.ndarray]):
+        self.shared = shared
+        self.barriers: dict[tuple[int, int], Barrier] = {}
 
 
 class Warpgroup:
-    """128 threads in step. A register is an array of 128 numbers, of a dtype by its use."""
+    """Threads in step. A register is an array of one number for each, of a dtype by its use.
 
-    def __init__(self, shared: np.ndarray, memory: np.ndarray):
-        self.shared, self.memory = shared, memory
+    Attributes:
+      registers: by name; those of operands begin with $.
+    """
+
+    def __init__(self, shared: np.ndarray | Cluster, memory: np.ndarray, threads: int = 128, rank: int = 0):
+        self.cluster = shared if isinstance(shared, Cluster) else Cluster([shared])
+        self.memory, self.rank, self.count = memory, rank, threads
         self.registers: dict[str, np.ndarray] = {}
         self.pending: list[dict[str, np.ndarray]] = []  # groups of products under way
         self.issued: dict[str, np.ndarray] = {}
-        self.lane = np.arange(THREADS)
+        self.lane = np.arange(threads)
 
     def run(self, text: str, operands: dict[str, np.ndarray]) -> None:
+        for _ in self.steps(text, operands):
+            raise AssertionError("waits for something that nobody sends")
+
+    def steps(self, text: str, operands: dict[str, np.ndarray]) -> Iterator[None]:
+        """Runs until the end; yields where it would wait."""
         self.registers |= {f"${name}": value for name, value in operands.items()}
-        for line in text.split(";"):
-            if line.strip():
-                self._step(line.strip())
+        lines, labels = [], {}
+        for line in re.sub(r"(?m)^([A-Z]+):", r"\1:;", text).split(";"):
+            if match := re.fullmatch(r"\s*(\w+):\s*", line):
+                labels[match[1]] = len(lines)
+            elif line.strip():
+                lines.append(line.strip())
+        place = 0
+        while place < len(lines):
+            match = re.fullmatch(r"@(!?)(\w+) bra (\w+)", lines[place])
+            place += 1
+            if not match:
+                self._step(lines[place - 1])
+                continue
+            taken = self.registers[match[2]] ^ (match[1] == "!")
+            assert taken.all() or not taken.any(), "threads part"
+            if taken.all():
+                place = labels[match[3]]
+                if lines[place].startswith("mbarrier.try_wait"):
+                    yield
         assert not self.pending
         assert not self.issued
 
     def read(self, name: str, kind: Any = np.uint32) -> np.ndarray:
+        if name == "%cluster_ctarank":
+            return np.full(self.count, self.rank, np.uint32)
         if re.fullmatch(r"-?(0x[0-9A-Fa-f]+|\d+)", name):
-            return np.full(THREADS, int(name, 0) % (1 << 8 * np.dtype(kind).itemsize), kind)
+            return np.full(self.count, int(name, 0) % (1 << 8 * np.dtype(kind).itemsize), kind)
         if name.startswith("0f"):
-            return np.full(THREADS, int(name[2:], 16), np.uint32).view(np.float32)
+            return np.full(self.count, int(name[2:], 16), np.uint32).view(np.float32)
         assert not any(name in group for group in (*self.pending, self.issued)), f"{name} is under way"
         value = self.registers[name]
         return value.view(kind) if value.dtype.itemsize == np.dtype(kind).itemsize else value.astype(kind)
@@ -45,16 +101,20 @@ class Warpgroup:
         self.registers[name] = value
 
     def _step(self, line: str) -> None:
-        real = np.ones(THREADS, bool)
-        if match := re.match(r"@(\w+) (.*)", line):
+        real = np.ones(self.count, bool)
+        if match := re.match(r"@(\w+) (.*)", line, re.DOTALL):
             real, line = self.registers[match[1]], match[2]
         name, _, rest = line.partition(" ")
         vectors = re.findall(r"\{([^}]*)\}|\[([^]]*)\]|([^,\s{}\[\]]+)", rest)
         arguments = ["{" + a if a else "[" + b if b else c for a, b, c in vectors]
-        if name == ".reg":
+        if name.startswith((".reg", "bar.sync", "barrier.cluster", "fence")):
             return
         if name.startswith("wgmma"):
             self._tensor(name, arguments)
+        elif name.startswith("mma.sync"):
+            self._product_of_warps(arguments)
+        elif name.startswith(("mbarrier", "st.async", "cp.async.bulk")):
+            self._tell(name, arguments, real)
         elif name.startswith(("ld.", "st.")):
             self._move(name, arguments, real)
         else:
@@ -64,9 +124,7 @@ class Warpgroup:
     def _compute(self, name: str, arguments: list[str]) -> None:
         target, *sources = arguments
         operation, *kinds = name.split(".")
-        kind = {"f32": np.float32, "s32": np.int32, "u64": np.uint64, "s64": np.uint64}.get(
-            kinds[-1], np.uint32
-        )
+        kind = KINDS.get(kinds[-1], np.uint32)
         if name == "mov.b64":
             low, high = (self.read(each, np.uint64) for each in sources[0][1:].replace(" ", "").split(","))
             return self._write(target, low | high << np.uint64(32))
@@ -80,13 +138,19 @@ class Warpgroup:
             found = COMPARISONS[kinds[0]](*(self.read(each, kind) for each in sources[:2]))
             return self._write(target, found & self.registers[sources[2]] if kinds[1] == "and" else found)
         if operation == "shfl":
-            assert kinds[:2] == ["sync", "bfly"]
-            return self._write(target, self.read(sources[0])[self.lane ^ int(sources[1])])
+            other = self.read(sources[1]).astype(np.int64)
+            other = self.lane ^ other if kinds[1] == "bfly" else self.lane // 32 * 32 + other
+            return self._write(target, self.read(sources[0])[other])
+        if operation == "mapa":
+            return self._write(target, self.read(sources[0]) | self.read(sources[1]) + 1 << REMOTE)
         if name == "mul.wide.u32":
             first, second = (self.read(each).astype(np.uint64) for each in sources)
             return self._write(target, first * second)
+        if name == "cvt.rn.bf16x2.f32":
+            high, low = (_bf16_bits(self.read(each, np.float32)) for each in sources)
+            return self._write(target, high << 16 | low)
         values = [self.read(each, kind) for each in sources]
-        with np.errstate(over="ignore", invalid="ignore"):
+        with np.errstate(all="ignore"):
             self._write(target, OPERATIONS[name if name in OPERATIONS else operation](*values))
 
     def _addresses(self, text: str) -> np.ndarray:
@@ -94,7 +158,7 @@ class Warpgroup:
         return self.read(base, np.uint64).astype(np.int64) + int(offset or 0)
 
     def _move(self, name: str, arguments: list[str], real: np.ndarray) -> None:
-        space = self.shared if ".shared" in name else self.memory
+        space = self.cluster.shared[self.rank] if ".shared" in name else self.memory
         load = name.startswith("ld")
         registers, place = arguments if load else arguments[::-1]
         names = registers[1:].replace(" ", "").split(",") if registers.startswith("{") else [registers]
@@ -103,11 +167,53 @@ class Warpgroup:
         for n, register in enumerate(names):
             where = (at + n * 4)[real, None] + np.arange(4)
             if load:
-                value = np.zeros((THREADS, 4), np.uint8)
+                value = np.zeros((self.count, 4), np.uint8)
                 value[real] = space[where]
                 self._write(register, value.view(np.uint32)[:, 0])
             else:
                 space[where] = self.read(register)[real, None].copy().view(np.uint8)
+
+    def _tell(self, name: str, arguments: list[str], real: np.ndarray) -> None:
+        """Barriers, and copies that they hear of; of shared memory, an address says whose it is."""
+        barriers, rank = self.cluster.barriers, self.rank
+
+        def whose(address: int) -> tuple[int, int]:
+            program, place = divmod(int(address), 1 << REMOTE)
+            return (program - 1 if program else rank), place
+
+        if name.startswith("mbarrier.init"):
+            count = int(arguments[1])
+            for address in self._addresses(arguments[0])[real]:
+                barriers[whose(address)] = Barrier(count, count)
+        elif name.startswith("mbarrier.arrive.expect_tx"):
+            bytes = self.read(arguments[2])
+            for address, expected in zip(self._addresses(arguments[1])[real], bytes[real], strict=True):
+                barriers[whose(address)].told(1, int(expected))
+        elif name.startswith("mbarrier.try_wait"):
+            parity = self.read(arguments[2])
+            places = self._addresses(arguments[1])
+            waited = zip(places, parity, strict=True)
+            over = [barriers[whose(place)].phase != phase for place, phase in waited]
+            self._write(arguments[0], np.array(over))
+        elif name.startswith("st.async"):
+            to, registers, barrier = arguments
+            names = registers[1:].replace(" ", "").split(",") if registers.startswith("{") else [registers]
+            values = np.stack([self.read(each) for each in names], 1)
+            places, told = self._addresses(to), self._addresses(barrier)
+            for thread in np.flatnonzero(real):
+                program, place = whose(places[thread])
+                self.cluster.shared[program][place : place + 4 * len(names)] = values[thread].view(np.uint8)
+                barriers[whose(told[thread])].told(0, -4 * len(names))
+        else:
+            to, source, size, barrier = arguments
+            places, sources, told = (self._addresses(each) for each in (to, source, barrier))
+            sizes = self.read(size)
+            for thread in np.flatnonzero(real):
+                program, place = whose(places[thread])
+                start, bytes = sources[thread], int(sizes[thread])
+                assert place % 16 == start % 16 == bytes % 16 == 0
+                self.cluster.shared[program][place : place + bytes] = self.memory[start : start + bytes]
+                barriers[whose(told[thread])].told(0, -bytes)
 
     def _tensor(self, name: str, arguments: list[str]) -> None:
         if name.startswith("wgmma.commit_group"):
@@ -126,10 +232,10 @@ class Warpgroup:
         assert descriptor >> 62 == 1  # 128-byte swizzle
         assert descriptor >> 32 & 0x3FFF == 1024 // 16
         linear = (descriptor & 0x3FFF) * 16 + np.arange(width)[:, None] * 128 + np.arange(32)
-        columns = e4m3(self.shared[linear ^ (linear >> 7 & 7) << 4])
+        columns = e4m3(self.cluster.shared[self.rank][linear ^ (linear >> 7 & 7) << 4])
         rows = np.zeros((64, 32), np.float32)
         for n, register in enumerate(operand):
-            values = e4m3(self.read(register).copy().view(np.uint8).reshape(THREADS, 4))
+            values = e4m3(self.read(register).copy().view(np.uint8).reshape(self.count, 4))
             row = self.lane // 32 * 16 + self.lane % 32 // 4 + 8 * (n % 2)
             column = self.lane % 4 * 4 + 16 * (n // 2)
             rows[row[:, None], column[:, None] + np.arange(4)] = values
@@ -141,6 +247,22 @@ class Warpgroup:
             if self.registers[arguments[3]].all():
                 value = (self.read(register, np.float32) if old is None else old) + value
             self.issued[register] = value
+
+    def _product_of_warps(self, arguments: list[str]) -> None:
+        """m16n8k16 in bfloat16."""
+        found, a, b, old = (each[1:].replace(" ", "").split(",") for each in arguments)
+        warp, t, c = self.lane // 32, self.lane % 32 // 4, self.lane % 4
+        rows, columns = np.zeros((self.count // 32, 16, 16)), np.zeros((self.count // 32, 8, 16))
+        for n, register in enumerate(a):
+            for half, value in enumerate(_bf16_pair(self.read(register))):
+                rows[warp, t + 8 * (n % 2), 2 * c + half + 8 * (n // 2)] = value
+        for n, register in enumerate(b):
+            for half, value in enumerate(_bf16_pair(self.read(register))):
+                columns[warp, t, 2 * c + half + 8 * n] = value
+        result = np.einsum("wik,wjk->wij", rows, columns)
+        for n, (register, before) in enumerate(zip(found, old, strict=True)):
+            value = result[warp, t + 8 * (n // 2), 2 * c + n % 2] + self.read(before, np.float32)
+            self._write(register, value.astype(np.float32))
 
 
 def swizzled(rows: np.ndarray) -> np.ndarray:
@@ -155,11 +277,18 @@ def e4m3(values: np.ndarray) -> np.ndarray:
     return values.view(jnp.float8_e4m3fn).astype(np.float32)
 
 
+def _bf16_bits(values: np.ndarray) -> np.ndarray:
+    return values.astype(jnp.bfloat16).view(np.uint16).astype(np.uint32)
+
+
+def _bf16_pair(words: np.ndarray) -> list[np.ndarray]:
+    """The two numbers of a word."""
+    return [each.view(np.float32) for each in (words << np.uint32(16), words & np.uint32(0xFFFF0000))]
+
+
 def _prmt(low: np.ndarray, high: np.ndarray, which: np.ndarray) -> np.ndarray:
-    both, found = (
-        low.astype(np.uint64) | high.astype(np.uint64) << np.uint64(32),
-        np.zeros(THREADS, np.uint64),
-    )
+    both = low.astype(np.uint64) | high.astype(np.uint64) << np.uint64(32)
+    found = np.zeros(len(low), np.uint64)
     for n in range(4):
         digit = which.astype(np.uint64) >> np.uint64(4 * n) & np.uint64(15)
         byte = both >> (digit & np.uint64(7)) * np.uint64(8) & np.uint64(255)
@@ -174,24 +303,32 @@ def _lop3(a: np.ndarray, b: np.ndarray, c: np.ndarray, table: np.ndarray) -> np.
 
 
 def _halves(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return np.maximum(a.view(np.uint16), b.view(np.uint16)).view(np.uint32)
+    return np.maximum(a.copy().view(np.uint16), b.copy().view(np.uint16)).view(np.uint32)
 
 
+KINDS = {"f32": np.float32, "s32": np.int32, "u64": np.uint64, "s64": np.uint64}
 COMPARISONS = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "gt": np.greater, "ge": np.greater_equal}
 OPERATIONS = {
-    "max.u16x2": lambda a, b: _halves(a.copy(), b.copy()),
+    "max.u16x2": _halves,
     "mad": lambda a, b, c: a * b + c,
     "fma": lambda a, b, c: a * b + c,
     "mul": np.multiply,
     "add": np.add,
     "sub": np.subtract,
+    "div": np.floor_divide,
+    "rem": np.remainder,
     "abs": np.abs,
     "max": np.maximum,
+    "min": np.minimum,
     "and": np.bitwise_and,
+    "xor": np.bitwise_xor,
     "shl": np.left_shift,
     "shr": np.right_shift,
     "bfe": lambda a, first, width: a >> first & ((1 << width) - 1).astype(np.uint32),
     "prmt": _prmt,
     "lop3": _lop3,
     "mov": lambda a: a,
+    "ex2": np.exp2,
+    "rcp": np.reciprocal,
+    "rsqrt": lambda a: 1 / np.sqrt(a),
 }
