@@ -3,11 +3,12 @@
 import functools
 from typing import Any, Literal, NamedTuple
 
-from pallas_kernels.expert_mlp.tiles import TILE, TILE_BYTES
+from pallas_kernels.expert_mlp.tiles import COLUMNS, ROWS, TILE_BYTES
 
-HEIGHT = 64  # rows of a weight in one tensor core product
-BLOCK = 128  # columns that share an activation's scale
+HEIGHT = ROWS  # of a weight in one tensor core product
+BLOCK = COLUMNS  # that share an activation's scale
 GATED_ROWS = 2 * BLOCK  # of gate and up: a block of inner columns, which is quantised once it is whole
+PART_SLOTS = 2  # of sums of 64 rows that wait to be finished
 SHARED_BYTES = 232448 - 2048  # what a program may have on Hopper, less room for barriers
 
 
@@ -41,6 +42,11 @@ class Config(NamedTuple):
         return sum(self.widths)
 
     @property
+    def places(self) -> int:
+        """Columns of all products by a tile."""
+        return self.tokens
+
+    @property
     def all_widths(self) -> tuple[tuple[int, ...], ...]:
         """The narrowest first."""
         return (*self.shorter, self.widths)
@@ -57,7 +63,7 @@ class Config(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """Rows of the weight that the consumers multiply at a time: of whole tiles."""
+        """Rows of the weight that the consumers multiply at a time."""
         return self.consumers * self.waves * HEIGHT
 
     def passes(self, gated: bool) -> int:
@@ -71,9 +77,56 @@ class Config(NamedTuple):
         return 2 * BLOCK if gated else self.waves * HEIGHT * 2
 
     def shared_bytes(self, gated: bool) -> int:
-        weights = self.rows // TILE * TILE_BYTES
+        weights = self.rows // ROWS * TILE_BYTES
         stage = self.blocks * (weights + self.tokens * BLOCK + self.scales * 4)
         return self.stages * stage + (1 if gated else self.consumers) * self.tokens * self.out_bytes(gated)
+
+
+class FewConfig(NamedTuple):
+    """How the kernel for few tokens is cut: four consumers share 64 rows of a weight and divide its columns.
+
+    Attributes:
+      tokens: of a tile, a multiple of 8, at most 32.
+      terms: E4M3 numbers that a token's activations are the sum of: 1 as `fp8_token128` rounds them, 2 for
+        what bfloat16 holds.
+      blocks: of 128 columns of each consumer in a stage.
+      stages: how many are under way or in use.
+    """
+
+    tokens: int
+    terms: int = 1
+    blocks: int = 1
+    stages: int = 2
+
+    consumers = 4
+    waves = 1
+    parts = 1
+    without = ""
+
+    @property
+    def places(self) -> int:
+        """Columns of a tensor core product."""
+        return self.tokens * self.terms
+
+    @property
+    def scales(self) -> int:
+        """Of a block, as they lie in shared memory."""
+        return self.places
+
+    @property
+    def columns(self) -> int:
+        """Of a stage."""
+        return self.consumers * self.blocks * BLOCK
+
+    def blocks_each(self, columns: int) -> int:
+        """Blocks of columns that a consumer has of so many."""
+        return columns // BLOCK // self.consumers
+
+    def shared_bytes(self, columns: int) -> int:
+        """Where the wider of both products has so many columns."""
+        stage = self.consumers * self.blocks * TILE_BYTES
+        x = columns // BLOCK * self.places * (BLOCK + 4)
+        return self.stages * stage + x + PART_SLOTS * self.consumers * HEIGHT * self.tokens * 4
 
 
 class Configs(NamedTuple):
@@ -107,3 +160,26 @@ CONFIGS = (
 def configs_for(rows: int, n_routed_experts: int) -> Configs:
     """For so many (token, choice) rows: most experts' rows fit a tile."""
     return next(configs for most, configs in CONFIGS if rows <= most * n_routed_experts)
+
+
+def deepest_few(columns: int, tokens: int, **more: Any) -> FewConfig:
+    """With as many stages as shared memory has room for, where the wider product has so many columns."""
+    config = FewConfig(tokens, **more)
+    fixed, stage = (config._replace(stages=n).shared_bytes(columns) for n in (0, 1))
+    return config._replace(stages=min(16, (SHARED_BYTES - fixed) // (stage - fixed)))
+
+
+# Tokens of a tile, by the (token, choice) rows that an expert has on average up to which they are meant.
+FEW_TOKENS = ((4, 8), (9, 16), (14, 24))
+
+
+def few_config_for(rows: int, shape: tuple[int, int, int], activation: str | None) -> FewConfig | None:
+    """For so many (token, choice) rows and gate and up of such a shape; None: they are too many, or a
+    consumer's share of the columns is no whole number of blocks.
+    """
+    count, both, hidden = shape
+    tokens = next((tokens for most, tokens in FEW_TOKENS if rows <= most * count), None)
+    if tokens is None or hidden % (4 * BLOCK) or both // 2 % (4 * BLOCK):
+        return None
+    config = deepest_few(max(hidden, both // 2), tokens, terms=1 if activation else 2)
+    return config if config.stages >= 3 else None

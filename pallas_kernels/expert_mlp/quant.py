@@ -38,9 +38,11 @@ def _quant(
 @triton.jit
 def _sorted_quant(
     x,  # [T, K] bfloat16
+    weight,  # [T * CHOICES] float32, of each pair
     row,  # [T * CHOICES] int32, the sorted row of each pair
-    values,  # [K/128, T * CHOICES, 128] e4m3
-    scale,  # [T, K/128] uint8
+    values,  # [K/128, ROWS, 128] e4m3
+    scale,  # [K/128, ROWS] float32
+    share,  # [ROWS] float32
     ROWS: tl.constexpr,
     K: tl.constexpr,
     CHOICES: tl.constexpr,
@@ -49,15 +51,20 @@ def _sorted_quant(
     MOST: tl.constexpr,
 ):
     token = tl.program_id(0) // (K // 128 // BLOCKS)
-    block = tl.program_id(0) % (K // 128 // BLOCKS) * BLOCKS + tl.arange(0, BLOCKS)
+    first = tl.program_id(0) % (K // 128 // BLOCKS) * BLOCKS
+    block = first + tl.arange(0, BLOCKS)
     column = tl.arange(0, 128)[None, :]
     numbers = tl.load(x + token.to(tl.int64) * K + block[:, None] * 128 + column)
     found, exponent = quantized(numbers, FLOOR, MOST)
     found = _in_tile_order(found, BLOCKS)
-    tl.store(scale + token.to(tl.int64) * (K // 128) + block, exponent.to(tl.uint8))
-    at = values + block[:, None].to(tl.int64) * ROWS * 128 + column
+    power = tl.where(exponent == 255, 0x7FC00000, exponent << 23).to(tl.float32, bitcast=True)
     for choice in tl.static_range(CHOICES):
-        tl.store(at + tl.load(row + token * CHOICES + choice).to(tl.int64) * 128, found)
+        pair = token * CHOICES + choice
+        place = block.to(tl.int64) * ROWS + tl.load(row + pair)
+        tl.store(values + place[:, None] * 128 + column, found)
+        tl.store(scale + place, power)
+        if first == 0:
+            tl.store(share + tl.load(row + pair), tl.load(weight + pair))
 
 
 _CONSTANTS = {"FLOOR": FORMATS["fp8_token128"].floor, "MOST": E4M3_MAX}
@@ -80,24 +87,36 @@ def tile_quant(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     )
 
 
-def sorted_tile_quant(x: jax.Array, planned: Plan, choices: int) -> tuple[jax.Array, jax.Array]:
-    """x [T, K] in `fp8_token128`: values [K/128, R, 128], each once for each choice, rows in sorted order and
-    columns in that of the tiles; exponents [T, K/128].
+def padded(rows: int) -> int:
+    """Rows that arrays in sorted order are made for: a multiple of 16 bytes from one block to the next, and
+    room for what the last tile reads past its tokens.
+    """
+    return -(-rows // 4) * 4 + 256
+
+
+def sorted_tile_quant(
+    x: jax.Array, planned: Plan, weights: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """x [T, K] in `fp8_token128`, once for each choice, with rows in sorted order: values
+    [K/128, padded(R), 128] with columns in the order of the tiles, scales [K/128, padded(R)] float32; and the
+    routing weights [padded(R)]. What is past R is not written.
     """
     tokens, columns = x.shape
-    blocks = math.gcd(columns // BLOCK, _BLOCKS)
+    blocks, rows = math.gcd(columns // BLOCK, _BLOCKS), padded(weights.size)
     return triton_call(
         _sorted_quant,
         x,
+        weights.reshape(-1),
         planned.row,
         out=(
-            jax.ShapeDtypeStruct((columns // BLOCK, tokens * choices, BLOCK), jnp.float8_e4m3fn),
-            jax.ShapeDtypeStruct((tokens, columns // BLOCK), jnp.uint8),
+            jax.ShapeDtypeStruct((columns // BLOCK, rows, BLOCK), jnp.float8_e4m3fn),
+            jax.ShapeDtypeStruct((columns // BLOCK, rows), jnp.float32),
+            jax.ShapeDtypeStruct((rows,), jnp.float32),
         ),
         grid=(tokens * (columns // BLOCK // blocks),),
-        ROWS=tokens * choices,
+        ROWS=rows,
         K=columns,
-        CHOICES=choices,
+        CHOICES=weights.shape[1],
         BLOCKS=blocks,
         **_CONSTANTS,
     )

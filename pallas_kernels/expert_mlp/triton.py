@@ -116,55 +116,46 @@ def _pairs(word):
 
 @triton.jit
 def _by_arithmetic(words, multipliers, BN: tl.constexpr):
-    """What the tables give, on any chip: float32 [n16 t q s1 h j pair b]."""
+    """What the tables give, on any chip: float32 [n16 s2 t q s1 h j pair b]."""
     # Value i has its magnitude in bits 4i to 4i + 2; its sign in bit 8b + 7 for i = b, 8b + 3 for i = 4 + b.
     value = tl.arange(0, 8)
-    words = words[:, :, :, :, :, None]
+    words = words[:, :, :, :, :, :, None]
     magnitude = (words >> (4 * value)) & 7
     sign = (words >> (8 * (value % 4) + 7 - value // 4 * 4)) & 1
     exponent, mantissa = magnitude >> 1, magnitude & 1
     twice = tl.where(exponent == 0, mantissa, ((2 + mantissa) << exponent) >> 1).to(tl.float32)
     power = ((multipliers + (127 - 6)) << 23).to(tl.float32, bitcast=True)
-    values = tl.where(sign == 1, -twice, twice) * power[:, :, :, :, :, None]
-    return tl.reshape(values, (BN // 16, 8, 4, 2, 2, 2, 2, 2))
+    values = tl.where(sign == 1, -twice, twice) * power[:, :, :, :, :, :, None]
+    return tl.reshape(values, (BN // 16, 2, 8, 4, 2, 2, 2, 2, 2))
 
 
 @triton.jit
-def _values(words, shares, shift, BN: tl.constexpr, VENDOR: tl.constexpr, FP8: tl.constexpr):
-    """[n16 t q s1 h j pair b] of half of a tile's words: E4M3 as bytes from a table, or what can become it."""
-    words = tl.reshape(words, (BN // 16, 8, 4, 2, 2))  # n16 t q s1 h
-    if VENDOR == "cuda":
-        if FP8:
-            first, second = _e4m3_by_table(words, shares, shift)
-            values = _bytes(tl.join(first, second))
-        else:
-            low0, high0, low1, high1 = _bfloat16_by_table(words, shares, shift)
-            values = _pairs(tl.join(tl.join(low0, low1), tl.join(high0, high1)))
-    else:
-        values = _by_arithmetic(words, (shares >> shift) & 0xFF, BN)
-    return values
-
-
-@triton.jit
-def _fp4_operand(first, second, shares, BN: tl.constexpr, VENDOR: tl.constexpr, FP8: tl.constexpr):
-    """A [BN, 128] operand, still to be scaled by row, from the words of both halves of a tile's columns.
+def _fp4_operand(words, shares, BN: tl.constexpr, VENDOR: tl.constexpr, FP8: tl.constexpr):
+    """A [BN, 128] operand, still to be scaled by row, from the words of its tiles.
 
     Its columns stand as in `tile_order`, in bfloat16 as in `pairs_in_tile_order`.
     """
-    shares = tl.reshape(shares, (BN // 16, 8, 2, 1, 1, 1))  # a byte for two q, and for each h
-    shares = tl.broadcast_to(shares, (BN // 16, 8, 2, 2, 2, 2))
-    shares = tl.reshape(shares, (BN // 16, 8, 4, 2, 2))
-    shift = tl.reshape(16 * (tl.arange(0, 4) % 2), (1, 1, 4, 1, 1))
-    shift += tl.reshape(8 * tl.arange(0, 2), (1, 1, 1, 1, 2))
-    shift = tl.broadcast_to(shift, (BN // 16, 8, 4, 2, 2))
-    values = tl.join(
-        _values(first, shares, shift, BN, VENDOR, FP8), _values(second, shares, shift, BN, VENDOR, FP8)
-    )  # n16 t q s1 h j pair b s2
+    words = tl.reshape(words, (BN // 16, 2, 8, 4, 2, 2))  # n16 s2 t q s1 h
+    # Two q share a word of multipliers: a byte for each, and for each h.
+    shares = tl.broadcast_to(tl.reshape(shares, (BN // 16, 1, 8, 2, 1, 1, 1)), (BN // 16, 2, 8, 2, 2, 2, 2))
+    shares = tl.reshape(shares, (BN // 16, 2, 8, 4, 2, 2))
+    shift = tl.reshape(16 * (tl.arange(0, 4) % 2), (1, 1, 1, 4, 1, 1))
+    shift += tl.reshape(8 * tl.arange(0, 2), (1, 1, 1, 1, 1, 2))
+    shift = tl.broadcast_to(shift, (BN // 16, 2, 8, 4, 2, 2))
+    if VENDOR == "cuda":
+        if FP8:
+            first, second = _e4m3_by_table(words, shares, shift)
+            values = _bytes(tl.join(first, second))  # n16 s2 t q s1 h j pair b
+        else:
+            low0, high0, low1, high1 = _bfloat16_by_table(words, shares, shift)
+            values = _pairs(tl.join(tl.join(low0, low1), tl.join(high0, high1)))  # ... j pair b
+    else:
+        values = _by_arithmetic(words, (shares >> shift) & 0xFF, BN)
     if FP8:
-        values = tl.permute(values, (0, 4, 1, 8, 3, 5, 2, 6, 7))  # n16 h t  s2 s1 j q pair b
+        values = tl.permute(values, (0, 5, 2, 1, 4, 6, 3, 7, 8))  # n16 h t  s2 s1 j q pair b
         operand = tl.reshape(values, (BN, 128)).to(tl.float8e4nv, bitcast=VENDOR == "cuda")
     else:
-        values = tl.permute(values, (0, 4, 1, 8, 3, 5, 6, 2, 7))  # n16 h t  s2 s1 j pair q b
+        values = tl.permute(values, (0, 5, 2, 1, 4, 6, 7, 3, 8))  # n16 h t  s2 s1 j pair q b
         operand = tl.reshape(values, (BN, 128)).to(tl.bfloat16)
     return operand
 
@@ -206,19 +197,16 @@ def _product(
 ):
     """[BN, BT] float32: BN rows of an expert's weight, from row block * BN, times the `rows` of x."""
     KT: tl.constexpr = K // 128
-    WORDS: tl.constexpr = 2176  # of a tile: 2048 of codes, 128 of multipliers
+    WORDS: tl.constexpr = 1088  # of a tile of 64 rows: 1024 of codes, 64 of multipliers
     first = expert.to(tl.int64) * N + block * BN
     x_at = x + rows.to(tl.int64)[:, None] * K + tl.arange(0, 128)[None, :]
     # Neighbours in memory need one pointer a thread; a pointer for each row costs half the registers.
     x_scale_at = x_scale + start + tl.arange(0, BT) if SORTED else x_scale + rows.to(tl.int64) * KT
     if FP4:
-        # Whole tiles of 128 rows, or the first or second part of one.
-        word, share = tl.arange(0, BN * 8), tl.arange(0, BN)  # half of the columns; four multipliers each
-        tile, inside = first // 128 * KT, first % 128
-        word_at = values.to(tl.pointer_type(tl.int32)) + (tile * WORDS + inside * 16)
-        word_at += word // 1024 * (KT * WORDS) + word % 1024 // 128 * 256 + word % 128
-        share_at = values.to(tl.pointer_type(tl.int32)) + (tile * WORDS + 2048 + inside)
-        share_at += share // 128 * (KT * WORDS) + share % 128
+        word, share = tl.arange(0, BN * 16), tl.arange(0, BN)  # eight values, four multipliers each
+        tiles = values.to(tl.pointer_type(tl.int32)) + first // 64 * (KT * WORDS)
+        word_at = tiles + word // 1024 * (KT * WORDS) + word % 1024
+        share_at = tiles + 1024 + share // 64 * (KT * WORDS) + share % 64
     else:
         value_at = values + (first + tl.arange(0, BN))[:, None] * K + tl.arange(0, 128)[None, :]
         scale_at = scale + (first // 8 + tl.arange(0, BN) // 8) * KT
@@ -230,8 +218,7 @@ def _product(
         # Weights first: their loads need not wait for the list of rows to arrive.
         if FP4:
             words, shares = tl.load(word_at + k * WORDS), tl.load(share_at + k * WORDS)
-            more = tl.load(word_at + k * WORDS + 128)
-            weights = _fp4_operand(words, more, shares, BN, VENDOR, FP8)
+            weights = _fp4_operand(words, shares, BN, VENDOR, FP8)
         else:
             weights = tl.load(value_at + k * 128)
             if not FP8:

@@ -34,22 +34,23 @@ def test_tiles_hold_every_code_and_scale_exactly():
 
 
 def test_a_word_of_a_tile_holds_what_the_layout_says():
-    weight = random_stack(2, 256, 256, seed=1)
+    weight = random_stack(2, 128, 256, seed=1)
     codes = np.asarray(unpack_nibbles(weight.values))
 
     tiles = to_tiles(weight)
 
-    words = np.asarray(tiles.codes).reshape(2, 2, 2, -1).view("<u4").reshape(2, 2, 2, 8, 2, 8, 4, 2, 2)
-    shares = np.asarray(tiles.multipliers).reshape(2, 2, 2, 8, 2, 8, 2, 2)
-    for expert, row, column in np.random.default_rng(2).integers(0, (2, 256, 256), (500, 3)):
-        (n, r), (k, c) = divmod(row, 128), divmod(column, 128)
+    stored = np.asarray(tiles.tiles)
+    words = stored[..., :4096].copy().view("<u4").reshape(2, 2, 2, 4, 2, 8, 4, 2, 2)
+    shares = stored[..., 4096:].reshape(2, 2, 2, 4, 8, 4, 2)
+    for expert, row, column in np.random.default_rng(2).integers(0, (2, 128, 256), (500, 3)):
+        (n, r), (k, c) = divmod(row, 64), divmod(column, 128)
         n16, h, t = r // 16, r % 16 // 8, r % 8
-        k64, g, j, q, b = c // 64, c % 64 // 32, c % 32 // 16, c % 16 // 4, c % 4
-        word = int(words[expert, n, k, n16, k64, t, q, g, h])
+        q, s, j, b = c // 32, c % 32 // 8, c % 8 // 4, c % 4
+        word = int(words[expert, n, k, n16, s // 2, t, q, s % 2, h])
         magnitude = word >> 4 * (4 * j + b) & 7
         sign = word >> (8 * b + (7 if j == 0 else 3)) & 1
         assert magnitude | sign << 3 == codes[expert, row, column]
-        exponent = int(shares[expert, n, k, n16, k64, t, g, h]) + int(tiles.row_exponent[expert, row]) - 11
+        exponent = int(shares[expert, n, k, n16, t, q, h]) + int(tiles.row_exponent[expert, row]) - 11
         assert exponent == weight.scale[expert, row, column // 32]
 
 
@@ -117,13 +118,13 @@ def test_a_group_of_zeros_does_not_count_for_the_spread():
 @pytest.mark.parametrize(
     "weight",
     [
-        pytest.param(random_stack(1, 64, 256), id="rows that are no multiple of 128"),
+        pytest.param(random_stack(1, 32, 256), id="rows that are no multiple of 64"),
         pytest.param(random_stack(1, 128, 192), id="columns that are no multiple of 128"),
         pytest.param(quantize(jnp.ones((1, 128, 128)), "fp8_block128"), id="FP8"),
     ],
 )
 def test_what_does_not_fit_tiles_is_refused_or_left_alone(weight):
-    with pytest.raises(NotImplementedError, match=r"multiples of 128|fp4_group32"):
+    with pytest.raises(NotImplementedError, match=r"multiples of 64 x 128|fp4_group32"):
         to_tiles(weight)
 
 
@@ -189,15 +190,13 @@ INSTRUCTIONS = {
 
 def shapes_of(stack: tuple[int, int, int], weights: str) -> ExpertTiles | ExpertRows:
     experts, rows, columns = stack
-    outer = (experts, rows // 128, columns // 128)
     if weights == "FP8":
         return ExpertRows(
             jax.ShapeDtypeStruct(stack, jnp.float8_e4m3fn),
             jax.ShapeDtypeStruct((experts, rows // 8, columns // 128), jnp.float32),
         )
     return ExpertTiles(
-        jax.ShapeDtypeStruct((*outer, 8192), jnp.uint8),
-        jax.ShapeDtypeStruct((*outer, 512), jnp.uint8),
+        jax.ShapeDtypeStruct((experts, rows // 64, columns // 128, 4352), jnp.uint8),
         jax.ShapeDtypeStruct((experts, rows), jnp.uint8),
     )
 
