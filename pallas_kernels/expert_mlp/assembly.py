@@ -15,7 +15,7 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 
 
 def assemble(text: str, operands: Mapping[str, ir.Value], sums: Sequence[ir.Value] = ()) -> list[ir.Value]:
-    """Inline assembly in which `$name` is an operand, and `$sum0` and so on float32 registers that it updates.
+    """Inline assembly in which `$name` is an operand, `$sum0` and so on float32 registers that it updates.
 
     Returns:
       The sums as the text leaves them.

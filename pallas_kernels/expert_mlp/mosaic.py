@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.expert_mlp import mosaic_few, mosaic_many
-from pallas_kernels.expert_mlp.mosaic_config import FewConfig, configs_for, few_config_for
+from pallas_kernels.expert_mlp.mosaic_config import configs_for, few_config_for
 from pallas_kernels.expert_mlp.plan import plan
 from pallas_kernels.expert_mlp.tiles import ExpertTiles
 from pallas_kernels.target import Target

@@ -18,13 +18,14 @@ class Config(NamedTuple):
     Attributes:
       widths: tokens of each tensor core product; together they are the tokens of a tile, at most 256. All are
         multiples of 16. Products under way need registers beside the running sums.
-      shorter: other widths, the narrowest first, for tiles with few tokens: multiples of 8, all but the last
-        of 16. A tile is worked on in the narrowest that hold its tokens.
+      shorter: other widths, the narrowest first, for tiles with few tokens. A tile is worked on in the
+        narrowest that hold its tokens.
       waves: times 64 rows of the weight that each consumer multiplies by those tokens: 1 or 2.
       stages: how many are under way or in use.
       blocks: of 128 columns in a stage. More mean fewer waits and copies, and the second's decoding beside
         the first's product.
       consumers: warpgroups that multiply, 2 or 4: more hide each other's waiting, fewer have more registers.
+      room: tokens of a tile as they lie in shared memory; those of `widths` if 0.
       without: work to leave out, for measuring what it costs; the result is wrong then. "products" leaves
         one of four to the tensor core.
     """
@@ -35,6 +36,7 @@ class Config(NamedTuple):
     stages: int = 2
     blocks: int = 1
     consumers: int = 2
+    room: int = 0
     without: Literal["", "decoding", "promotion", "products"] = ""
 
     @property
@@ -43,8 +45,17 @@ class Config(NamedTuple):
 
     @property
     def places(self) -> int:
+        """Tokens of a tile as they lie in shared memory."""
+        return self.room or self.tokens
+
+    @property
+    def sums(self) -> int:
         """Columns of all products by a tile."""
         return self.tokens
+
+    def cut(self, widths: tuple[int, ...]) -> "Config":
+        """For tiles of fewer tokens, which lie where more might."""
+        return self._replace(widths=widths, shorter=(), room=self.places)
 
     @property
     def all_widths(self) -> tuple[tuple[int, ...], ...]:
@@ -59,7 +70,7 @@ class Config(NamedTuple):
     @property
     def scales(self) -> int:
         """Scales of a tile as stored: padded, since copies start at multiples of 128 bytes."""
-        return -(-self.tokens // 32) * 32
+        return -(-self.places // 32) * 32
 
     @property
     def rows(self) -> int:
@@ -109,6 +120,10 @@ class FewConfig(NamedTuple):
         return self.tokens * self.terms
 
     @property
+    def sums(self) -> int:
+        return self.places
+
+    @property
     def scales(self) -> int:
         """Of a block, as they lie in shared memory."""
         return self.places
@@ -151,9 +166,9 @@ def deepest(widths: tuple[int, ...], **more: Any) -> Configs:
 _four = functools.partial(deepest, consumers=4, blocks=2)
 CONFIGS = (
     (14, _four((16,))),
-    (26, _four((32,), shorter=((24,),))),
-    (84, _four((64,), shorter=((40,), (48,), (56,)))),
-    (2**31, deepest((64, 64, 48, 48), shorter=((64,), (64, 32), (64, 64), (64, 64, 32), (64, 64, 64)))),
+    (26, _four((32,))),
+    (84, _four((64,))),
+    (2**31, deepest((64, 64, 48, 48))),
 )
 
 

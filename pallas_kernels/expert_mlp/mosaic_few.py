@@ -1,4 +1,4 @@
-"""Routed experts for few tokens on Hopper, FP4 by FP8: one launch that reads each weight once, at the memory's pace.
+"""Routed experts for few tokens on Hopper, FP4 by FP8: one launch, at the pace of the memory.
 
 For few tokens all of the time is in reading weights, so nothing may interrupt it. A program is a
 multiprocessor's. Its share of both products is a run of 64 rows each, in the order of the experts. One
@@ -260,31 +260,34 @@ def _kernel(config: FewConfig, shapes: tuple[Shape, Shape], *refs: Any) -> None:
         # A remainder would be a chain of a dozen instructions before each wait.
         return jnp.where(slot == config.stages - 1, 0, slot + 1)
 
+    def load_all(shape: Shape, tiles: Any, loaded: jax.Array) -> jax.Array:
+        """A product's weights, after so many stages of the other; returns how many then are loaded."""
+        first, last = range_of(shape)
+        steps, tiles_of_row = shape.columns // config.columns, shape.columns // BLOCK
+        blocks, stage = jnp.int32(shape.rows // HEIGHT), config.consumers * config.blocks
+
+        @pl.loop(first, last)
+        def _(number: jax.Array) -> None:
+            row = experts[lax.div(number, blocks)] * blocks + lax.rem(number, blocks)
+            before = loaded + (number - first) * steps
+
+            @pl.loop(0, steps)
+            def _(step: jax.Array) -> None:
+                slot = lax.rem(before + step, jnp.int32(config.stages))
+
+                @pl.when(before + step >= config.stages)
+                def _() -> None:
+                    plgpu.barrier_wait(free.at[slot])
+
+                source = tiles.at[pl.ds(row * tiles_of_row + step * stage, stage)]
+                plgpu.copy_gmem_to_smem(source, tile_stages.at[slot], full.at[slot])
+
+        return loaded + (last - first) * steps
+
     def producer() -> None:
         loaded = jnp.int32(0)
         for shape, tiles, *_ in products:
-            first, last = range_of(shape)
-            steps, tiles_of_row = shape.columns // config.columns, shape.columns // BLOCK
-
-            @pl.loop(first, last)
-            def _(number: jax.Array, first=first, loaded=loaded, shape=shape, tiles=tiles) -> None:
-                blocks = jnp.int32(shape.rows // HEIGHT)
-                row = experts[lax.div(number, blocks)] * blocks + lax.rem(number, blocks)
-                before = loaded + (number - first) * steps
-
-                @pl.loop(0, steps)
-                def _(step: jax.Array) -> None:
-                    slot = lax.rem(before + step, jnp.int32(config.stages))
-
-                    @pl.when(before + step >= config.stages)
-                    def _() -> None:
-                        plgpu.barrier_wait(free.at[slot])
-
-                    stage = config.consumers * config.blocks
-                    source = tiles.at[pl.ds(row * tiles_of_row + step * stage, stage)]
-                    plgpu.copy_gmem_to_smem(source, tile_stages.at[slot], full.at[slot])
-
-            loaded += (last - first) * steps
+            loaded = load_all(shape, tiles, loaded)
 
         # Leave when all has been reported: the interpreter wants every phase of a barrier seen.
         @pl.loop(jnp.maximum(loaded - config.stages, 0), loaded)
@@ -366,18 +369,22 @@ def _kernel(config: FewConfig, shapes: tuple[Shape, Shape], *refs: Any) -> None:
 
 
 @functools.partial(jax.jit, static_argnames=("limit", "config", "interpret"))
-def planned_mlp(
+def products(
     x: jax.Array,
     planned: Plan,
     weights: jax.Array,
     w13: ExpertTiles,
     w2: ExpertTiles,
+    *,
     limit: float,
     config: FewConfig,
     interpret: Any = None,
-) -> jax.Array:
-    """`expert_mlp` once its plan is made, for tiles of `config`. Calls of one shape share one lowering."""
-    count, both, hidden = w13.shape
+) -> tuple[jax.Array, jax.Array]:
+    """Both in bfloat16: inner activations [R, F] in sorted order, and [R, M] in (token, choice) order.
+
+    A jit of its own: calls of one shape share one lowering.
+    """
+    _, both, hidden = w13.shape
     pairs, choices = weights.size, weights.shape[1]
     each = [WARPS * rows // HEIGHT for rows in (both, hidden)]
     shapes = (
@@ -386,7 +393,7 @@ def planned_mlp(
     )
     stage, widest = config.consumers * config.blocks, max(hidden, both // 2)
     blocks = widest // BLOCK
-    _, out = plgpu.kernel(
+    return plgpu.kernel(
         functools.partial(_kernel, config, shapes),
         out_type=(
             jax.ShapeDtypeStruct((pairs, both // 2), jnp.bfloat16),
@@ -424,5 +431,18 @@ def planned_mlp(
         planned.count,
         planned.arrivals,
     )
+
+
+def planned_mlp(
+    x: jax.Array,
+    planned: Plan,
+    weights: jax.Array,
+    w13: ExpertTiles,
+    w2: ExpertTiles,
+    limit: float,
+    config: FewConfig,
+) -> jax.Array:
+    """`expert_mlp` once its plan is made, for tiles of `config`."""
+    _, out = products(x, planned, weights, w13, w2, limit=limit, config=config)
     # Always in the order of the choices: the same bits in every run.
     return out.reshape(*weights.shape, -1).astype(jnp.float32).sum(1)

@@ -117,19 +117,19 @@ _REF, _NUMBER = plgpu.RefType(), plgpu.Layout.WG_SPLAT
 
 
 def _multiply(
-    config: Config, widths: tuple[int, ...], refs: Sequence[Any], slot: jax.Array, group: jax.Array, sums: Any
+    config: Config, cut: Config, refs: Sequence[Any], slot: jax.Array, group: jax.Array, sums: Any
 ) -> Any:
-    """`sums` with a stage's columns added, of the rows of consumer `group`."""
+    """`sums` with a stage's columns added, of the rows of consumer `group` by the tokens of the `cut`."""
 
     def emit(_, tiles, x, scales, slot, group, *sums: mgpu.FragmentedArray):
         numbers = Numbers(32)
         refs = {"codes": tiles, "multipliers": tiles, "x": x, "scales": scales}
         places = step_places(config, numbers.total, slot, group, lane())
         operands = numbers.addresses(refs, places)
-        return tuple(arrays(assemble(ptx.step_ptx(config, widths), operands, registers(sums)), sums))
+        return tuple(arrays(assemble(ptx.step_ptx(cut, cut.widths), operands, registers(sums)), sums))
 
     swizzled = plgpu.RefType(SWIZZLED)
-    part = plgpu.ShapeDtypeStruct((HEIGHT, config.tokens), jnp.float32, layout=plgpu.Layout.WGMMA)
+    part = plgpu.ShapeDtypeStruct((HEIGHT, cut.tokens), jnp.float32, layout=plgpu.Layout.WGMMA)
     inline: Any = plgpu.inline_mgpu(
         arg_types=(_REF, swizzled, _REF, _NUMBER, _NUMBER, *(plgpu.Layout.WGMMA,) * config.waves),
         return_type=(part,) * config.waves,
@@ -139,6 +139,7 @@ def _multiply(
 
 def _stage(
     config: Config,
+    cut: Config,
     shape: Shape,
     refs: Sequence[Any],
     item: Item,
@@ -156,7 +157,7 @@ def _stage(
         operands["stage"] = narrow.total(narrow.address(staged), narrow.of(places.pop("stage")))
         operands |= wide.addresses({"exponents": exponents, "shares": shares}, places)
         mgpu_utils.warpgroup_barrier()  # what was there has left
-        assemble(ptx.stage_ptx(config, shape.limit), operands, registers(sums))
+        assemble(ptx.stage_ptx(cut, shape.limit), operands, registers(sums))
         mgpu_utils.warpgroup_barrier()
         return ()
 
@@ -257,24 +258,24 @@ def _kernel(config: Config, shape: Shape, *refs: Any) -> None:
         def _(count: jax.Array) -> None:
             plgpu.barrier_wait(free.at[lax.rem(count, jnp.int32(config.stages))])
 
-    def products(first: jax.Array, widths: tuple[int, ...]) -> Any:
-        """The sums over all columns of a consumer's rows; `first` is the stage that comes next."""
+    def one_turn(item: Item, turn: jax.Array, first: jax.Array, cut: Config) -> None:
+        """A consumer's rows, to shared memory; `first` is the stage that comes next."""
 
         def one_step(_: jax.Array, carry: Any) -> Any:
             slot, sums = carry
             plgpu.barrier_wait(full.at[slot])
-            stages = (tile_stages, x_stages, scale_stages)
-            sums = _multiply(config, widths, stages, slot, group, sums)
+            sums = _multiply(config, cut, (tile_stages, x_stages, scale_stages), slot, group, sums)
             plgpu.barrier_arrive(free.at[slot])
             # A remainder would be a chain of a dozen instructions before each wait.
             return jnp.where(slot == config.stages - 1, 0, slot + 1), sums
 
-        zeros = plgpu.layout_cast(jnp.zeros((HEIGHT, config.tokens), jnp.float32), plgpu.Layout.WGMMA)
-        return lax.fori_loop(0, steps, one_step, (first, (zeros,) * config.waves))[1]
+        zeros = plgpu.layout_cast(jnp.zeros((HEIGHT, cut.tokens), jnp.float32), plgpu.Layout.WGMMA)
+        _, sums = lax.fori_loop(0, steps, one_step, (first, (zeros,) * config.waves))
+        _stage(config, cut, shape, (exponents, places, staged), item, turn, group, sums)
 
     def consumer() -> None:
         plgpu.set_max_registers(REGISTERS[config.consumers][1], action="increase")
-        cuts = [functools.partial(products, widths=widths) for widths in config.all_widths]
+        cuts = [functools.partial(one_turn, cut=config.cut(widths)) for widths in config.all_widths]
 
         def all_consumers() -> None:
             plgpu.barrier_arrive(whole)
@@ -283,11 +284,13 @@ def _kernel(config: Config, shape: Shape, *refs: Any) -> None:
         @pl.loop(0, mine)
         def _(number: jax.Array) -> None:
             item = item_of(number)
-            cut = sum((item.real > sum(widths)).astype(jnp.int32) for widths in config.shorter)
-            for turn in range(turns):
+            narrow = sum((item.real > sum(widths)).astype(jnp.int32) for widths in config.shorter)
+
+            @pl.loop(0, turns)
+            def _(turn: jax.Array) -> None:
                 first = lax.rem(number * of_item + turn * steps, jnp.int32(config.stages))
-                sums = lax.switch(cut, cuts, first) if config.shorter else cuts[0](first)
-                _stage(config, shape, (exponents, places, staged), item, jnp.int32(turn), group, sums)
+                lax.switch(narrow, cuts, item, turn, first) if config.shorter else cuts[0](item, turn, first)
+
             if shape.gated:
                 all_consumers()
                 _write_quantised(config, shape, (staged, *outs), item, group)
@@ -361,6 +364,21 @@ def launch(
 # --- around it
 
 
+def products(
+    x: jax.Array,
+    planned: Plan,
+    weights: jax.Array,
+    w13: ExpertTiles,
+    w2: ExpertTiles,
+    limit: float,
+    configs: Configs,
+) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+    """Inner activations as `launch` leaves them, and [R, M] bfloat16 in (token, choice) order."""
+    values, scales, shares = sorted_tile_quant(x, planned, weights)
+    inner = launch(w13, values, scales, shares, planned, config=configs.gate_up, limit=limit)
+    return inner, launch(w2, *inner, planned.order, planned, config=configs.down, limit=None)
+
+
 def planned_mlp(
     x: jax.Array,
     planned: Plan,
@@ -371,8 +389,6 @@ def planned_mlp(
     configs: Configs,
 ) -> jax.Array:
     """`expert_mlp` once its plan is made, for tiles of `configs`."""
-    values, scales, shares = sorted_tile_quant(x, planned, weights)
-    inner = launch(w13, values, scales, shares, planned, config=configs.gate_up, limit=limit)
-    out = launch(w2, *inner, planned.order, planned, config=configs.down, limit=None)
+    _, out = products(x, planned, weights, w13, w2, limit, configs)
     # Always in the order of the choices: the same bits in every run.
     return out.reshape(*weights.shape, -1).astype(jnp.float32).sum(1)

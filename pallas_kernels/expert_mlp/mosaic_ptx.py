@@ -113,7 +113,7 @@ def _promote_ptx(config: Config | FewConfig, piece: _Piece, part: str, pending: 
     ]
     lines = [*scales[:4], f"wgmma.wait_group.sync.aligned {pending};", *scales[4:]]
     for n in range(piece.width // 2):
-        total = f"$sum{(piece.wave * config.places + piece.first) // 2 + n}"
+        total = f"$sum{(piece.wave * config.sums + piece.first) // 2 + n}"
         if config.without != "promotion":
             lines.append(f"fma.rn.f32 {total}, {part}_{n}, s{n // 4 * 2 + n % 2}, {total};")
         elif n % 8 == 0:
@@ -269,9 +269,9 @@ def stage_ptx(config: Config, limit: float | None) -> str:
 def quantise_ptx(terms: int = 1) -> list[str]:
     """A token's block of 128 columns in `fp8_token128`, by eight threads of which each has sixteen.
 
-    Registers v0 to v7, pairs of bfloat16, become o0 to o3, four bytes of E4M3 each, and `most` the bits of the
-    block's scale. With two terms p0 to p3 are what o0 to o3 miss of the numbers, in the same scale: E4M3 has
-    four significant bits, bfloat16 eight.
+    Registers v0 to v7, pairs of bfloat16, become o0 to o3, four bytes of E4M3 each, and `most` the bits of
+    the block's scale. With two terms p0 to p3 are what o0 to o3 miss of the numbers, in the same scale: E4M3
+    has four significant bits, bfloat16 eight.
     """
     # The largest magnitude: among those, bits of floats are in the order of what they stand for.
     lines = ["and.b32 most, v0, 0x7FFF7FFF;"]
@@ -339,8 +339,8 @@ def quant_ptx(config: Config) -> str:
     """A block of inner columns from shared memory to memory in `fp8_token128`: eight threads a token, each
     with 16 bytes of what it writes. In the order of the tiles these are four columns of each group of 32.
 
-    Operands: `thread`; `stage`; `number` of the consumer; `count` of tokens that are real; `out` and `scales`,
-    addresses of the tile's first token and of its scale in the block.
+    Operands: `thread`; `stage`; `number` of the consumer; `count` of tokens that are real; `out` and
+    `scales`, addresses of the tile's first token and of its scale in the block.
     """
     together = config.consumers * 16
     lines = [

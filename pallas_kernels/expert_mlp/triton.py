@@ -14,8 +14,8 @@ import triton.language as tl
 
 from pallas_kernels.activation_quant import activation_quant
 from pallas_kernels.expert_mlp.plan import Plan, plan
-from pallas_kernels.expert_mlp.rows import ExpertRows
 from pallas_kernels.expert_mlp.quant import tile_quant
+from pallas_kernels.expert_mlp.rows import ExpertRows
 from pallas_kernels.expert_mlp.tiles import ExpertTiles, tile_order
 from pallas_kernels.expert_mlp.tilings import Operands, Tiling, Tilings, tilings_for
 from pallas_kernels.formats import e8m0_decode, fake_quantize
@@ -59,8 +59,8 @@ def _e4m3_by_table(words, shares, shift):
 def _bfloat16_by_table(words, shares, shift):
     """As `_e4m3_by_table`, in pairs of bfloat16: values 0-1, 2-3, 4-5 and 6-7.
 
-    The table has sixteen bytes: the lower and the upper ones of the eight magnitudes times 2^(multiplier - 5),
-    for which one more in the multiplier is 0x80 more. Words of one row share it: the assembler makes it once.
+    The table has sixteen bytes: the lower and the upper ones of the magnitudes times 2^(multiplier - 5), for
+    which one more in the multiplier is 0x80 more. Words of one row share it: the assembler makes it once.
     """
     return tl.inline_asm_elementwise(
         """
@@ -197,7 +197,7 @@ def _product(
 ):
     """[BN, BT] float32: BN rows of an expert's weight, from row block * BN, times the `rows` of x."""
     KT: tl.constexpr = K // 128
-    WORDS: tl.constexpr = 1088  # of a tile of 64 rows: 1024 of codes, 64 of multipliers
+    WORDS: tl.constexpr = 4352 // 4  # of a tile of 64 rows: 1024 of codes, 64 of multipliers
     first = expert.to(tl.int64) * N + block * BN
     x_at = x + rows.to(tl.int64)[:, None] * K + tl.arange(0, 128)[None, :]
     # Neighbours in memory need one pointer a thread; a pointer for each row costs half the registers.
