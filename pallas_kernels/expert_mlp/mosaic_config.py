@@ -3,6 +3,8 @@
 import functools
 from typing import Any, Literal, NamedTuple
 
+import jax
+
 from pallas_kernels.expert_mlp.tiles import COLUMNS, ROWS, TILE_BYTES
 
 HEIGHT = ROWS  # of a weight in one tensor core product
@@ -10,6 +12,12 @@ BLOCK = COLUMNS  # that share an activation's scale
 GATED_ROWS = 2 * BLOCK  # of gate and up: a block of inner columns, which is quantised once it is whole
 PART_SLOTS = 2  # of sums of 64 rows that wait to be finished
 SHARED_BYTES = 232448 - 2048  # what a program may have on Hopper, less room for barriers
+
+
+def multiprocessors() -> int:
+    """How many programs run at a time; where there is no GPU to ask, those of an H100 or H200."""
+    device = jax.devices()[0]
+    return device.core_count if device.platform == "gpu" else 132
 
 
 class Config(NamedTuple):

@@ -26,12 +26,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.expert_mlp import few_ptx as ptx
 from pallas_kernels.expert_mlp.assembly import Lane, Numbers, Total, arrays, assemble, lane, registers
-from pallas_kernels.expert_mlp.mosaic_config import BLOCK, HEIGHT, PART_SLOTS, FewConfig
+from pallas_kernels.expert_mlp.mosaic_config import BLOCK, HEIGHT, PART_SLOTS, FewConfig, multiprocessors
 from pallas_kernels.expert_mlp.mosaic_ptx import step_ptx
 from pallas_kernels.expert_mlp.plan import Plan
 from pallas_kernels.expert_mlp.tiles import CODES_BYTES, TILE_BYTES, TILE_SHAPE, ExpertTiles
 
-MULTIPROCESSORS = 132
 WARPS = 4  # of a warpgroup, which finish sixteen rows each
 
 
@@ -237,7 +236,7 @@ def _kernel(config: FewConfig, shapes: tuple[Shape, Shape], *refs: Any) -> None:
     experts, starts, ends, count, arrivals, inner, out = refs[7:14]
     tile_stages, values, scales, parts, full, free, ready, taken = refs[14:]
     group, program = lax.axis_index("warpgroup"), lax.axis_index("program")
-    programs = jnp.int32(MULTIPROCESSORS)
+    programs = jnp.int32(multiprocessors())
     products = (
         (shapes[0], tiles13, exponents13, x, inner),
         (shapes[1], tiles2, exponents2, inner, out),
@@ -409,7 +408,7 @@ def products(
             plgpu.Barrier(num_arrivals=config.consumers, num_barriers=PART_SLOTS),
             plgpu.Barrier(num_arrivals=1, num_barriers=PART_SLOTS),
         ),
-        grid=(MULTIPROCESSORS,),
+        grid=(multiprocessors(),),
         grid_names=("program",),
         num_threads=config.consumers + 2,
         thread_name="warpgroup",

@@ -25,12 +25,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.expert_mlp import mosaic_ptx as ptx
 from pallas_kernels.expert_mlp.assembly import Lane, Numbers, Total, arrays, assemble, lane, registers
-from pallas_kernels.expert_mlp.mosaic_config import BLOCK, HEIGHT, Config, Configs
+from pallas_kernels.expert_mlp.mosaic_config import BLOCK, HEIGHT, Config, Configs, multiprocessors
 from pallas_kernels.expert_mlp.plan import Plan
 from pallas_kernels.expert_mlp.quant import sorted_tile_quant
 from pallas_kernels.expert_mlp.tiles import CODES_BYTES, TILE_BYTES, TILE_SHAPE, ExpertTiles
 
-MULTIPROCESSORS = 132
 # Registers of a thread once all know their part, those that load and those that multiply, by the number of
 # warpgroups that multiply. At first all have the same: 168 of 384 threads, 96 of 640.
 REGISTERS = {2: (40, 232), 4: (32, 112)}
@@ -212,7 +211,7 @@ def _kernel(config: Config, shape: Shape, *refs: Any) -> None:
     group, program = lax.axis_index("warpgroup"), lax.axis_index("program")
     turns = config.passes(shape.gated)
     steps, blocks = shape.columns // BLOCK // config.blocks, shape.rows // (config.rows * turns)
-    programs, of_item = jnp.int32(MULTIPROCESSORS), turns * steps
+    programs, of_item = jnp.int32(multiprocessors()), turns * steps
     mine = lax.div(count[0] * blocks - program + programs - 1, programs)
 
     def item_of(number: jax.Array) -> Item:
@@ -340,7 +339,7 @@ def launch(
             plgpu.Barrier(num_arrivals=config.consumers, num_barriers=stages),
             plgpu.Barrier(num_arrivals=config.consumers),
         ),
-        grid=(MULTIPROCESSORS,),
+        grid=(multiprocessors(),),
         grid_names=("program",),
         num_threads=config.consumers + 1,
         thread_name="warpgroup",

@@ -28,7 +28,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from expert_mlp import program, relative_error
+from expert_cases import program, relative_error
 from harness import facts, median_us, save
 from profile_kernels import kernel_times, print_kernel_times
 

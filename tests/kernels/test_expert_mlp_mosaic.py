@@ -301,7 +301,7 @@ def test_every_tile_is_computed_once_from_its_own_operands(config, monkeypatch):
     monkeypatch.setattr(kernel, "_multiply", plain_multiply)
     monkeypatch.setattr(kernel, "_stage", plain_stage)
     monkeypatch.setattr(kernel, "_write", plain_write)
-    monkeypatch.setattr(kernel, "MULTIPROCESSORS", 2)  # fewer than tiles: each program works on several
+    monkeypatch.setattr(kernel, "multiprocessors", lambda: 2)  # fewer than tiles: each program works on several
     w2 = to_tiles(random_stack(3, 256, 256, 2))
     inner = of_many_sizes(75)
     chosen = jnp.asarray([1] * 40 + [0] * 5 + [1] * 30, jnp.int32)[:, None]

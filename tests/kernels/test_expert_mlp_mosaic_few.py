@@ -242,7 +242,7 @@ def test_every_row_is_computed_once_from_its_own_operands(config, monkeypatch):
     for name, function in (plain | {"_finish": plain_finish, "_await": plain_await}).items():
         monkeypatch.setattr(kernel, name, function)
     # The interpreter runs programs one after the other, so that none may wait for another.
-    monkeypatch.setattr(kernel, "MULTIPROCESSORS", 1)
+    monkeypatch.setattr(kernel, "multiprocessors", lambda: 1)
     experts, hidden, inner = 2, 512, 1024
     w13 = to_tiles(random_stack(experts, 2 * inner, hidden, 1))
     w2 = to_tiles(random_stack(experts, hidden, inner, 2))
