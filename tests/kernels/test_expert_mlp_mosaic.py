@@ -3,6 +3,7 @@
 Its PTX runs in an emulator of a warpgroup, its copies, barriers and order of tiles in Pallas' interpreter.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -17,7 +18,6 @@ from pallas_kernels.expert_mlp.interleave import interleave
 from pallas_kernels.expert_mlp.mosaic_config import CONFIGS, SHARED_BYTES, Config, configs_for
 from pallas_kernels.expert_mlp.plan import Plan, plan, tile_count
 from pallas_kernels.expert_mlp.tiles import ExpertTiles, tile_order, to_tiles
-from pallas_kernels.swiglu.reference import swiglu
 
 pytest.importorskip("triton")
 plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
@@ -39,24 +39,35 @@ def random_stack(experts: int, rows: int, columns: int, seed: int) -> QuantArray
     return QuantArray(jnp.asarray(values), jnp.asarray(scale), "fp4_group32")
 
 
-def of_many_sizes(rows: int) -> jax.Array:
+def of_many_sizes(rows: int) -> np.ndarray:
     """[rows, 256] in bfloat16, where neighbours of either axis are quantised with other scales."""
-    x = jax.random.normal(jax.random.key(1), (rows, 2, 128), jnp.bfloat16)
-    power = jnp.arange(rows)[:, None, None] * 3 % 7 - jnp.arange(2)[:, None]
+    x = np.random.default_rng(1).normal(size=(rows, 2, 128)).astype(np.float32)
+    power = np.arange(rows)[:, None, None] * 3 % 7 - np.arange(2)[:, None]
     return (x * 2.0**power).astype(jnp.bfloat16).reshape(rows, 256)
 
 
-def in_blocks(x: jax.Array, order: jax.Array) -> tuple[QuantArray, jax.Array, jax.Array]:
-    """Rows of x in this order: quantised, and values and scales as `sorted_tile_quant` leaves them."""
-    quant, room = quantize(x, "fp8_token128"), sorting.padded(order.size) - order.size
-    values = tile_order(quant.values[order]).reshape(order.size, -1, 128).swapaxes(0, 1)
-    scales = jnp.exp2(quant.scale[order].astype(jnp.float32) - 127).T
-    nothing = {"constant_values": jnp.nan}
-    return (
-        QuantArray(quant.values[order], quant.scale[order], quant.format),
-        jnp.pad(values, ((0, 0), (0, room), (0, 0)), **nothing),
-        jnp.pad(scales, ((0, 0), (0, room)), **nothing),
-    )
+@functools.cache
+def stack(experts: int, rows: int, columns: int, seed: int) -> tuple[QuantArray, np.ndarray]:
+    """`random_stack` and its numbers."""
+    weight = random_stack(experts, rows, columns, seed)
+    return weight, np.asarray(dequantize(weight))
+
+
+@functools.cache
+def quantised(rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`of_many_sizes` in `fp8_token128`: values in the order of the tiles, scales, and the numbers."""
+    quant = quantize(jnp.asarray(of_many_sizes(rows)), "fp8_token128")
+    scales = np.exp2(np.asarray(quant.scale).astype(np.float32) - 127)
+    return np.asarray(tile_order(quant.values)), scales, np.asarray(dequantize(quant))
+
+
+def in_blocks(rows: int, order: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows of `quantised`: values and scales as `sorted_tile_quant` leaves them, and the numbers."""
+    values, scales, numbers = (each[order] for each in quantised(rows))
+    room = ((0, 0), (0, sorting.padded(len(order)) - len(order)))
+    values = values.view(np.uint8).reshape(len(order), -1, 128).swapaxes(0, 1)
+    values = np.pad(values, (*room, (0, 0)), constant_values=0xFF).view(jnp.float8_e4m3fn)
+    return values, np.pad(scales.T, room, constant_values=np.nan), numbers
 
 
 # --- a whole tile of tokens on warpgroups
@@ -150,21 +161,23 @@ CASES = [
 ]
 
 
-def planned_request(config, choices: int):
-    """Activations, a plan and routing weights: the tile under test, the last of expert 1, is not full."""
-    tokens, experts = config.tokens, 3
-    count = -(-(2 * tokens + 5) // choices)
-    chosen = np.stack([np.full(count, 1), np.arange(count) % 2 * 2], 1)[:, :choices]
+ROWS = 157  # of expert 1, which fill no last tile
+
+
+def planned_request(config, choices: int) -> tuple[Plan, int]:
+    """A plan, and a tile of it: the last of expert 1, which is not full. Tokens are `ROWS`."""
+    experts = np.stack([np.ones(ROWS, int), np.arange(ROWS) % 2 * 2], 1)[:, :choices]
     if choices == 1:
-        chosen[: tokens // 2 + 3] = 0
-    planned = plan(jnp.asarray(chosen, jnp.int32), experts, tokens, implementation="reference")
-    tile = int(np.flatnonzero(np.asarray(planned.expert) == 1)[-1])
-    return of_many_sizes(count), planned, tile, jax.random.uniform(jax.random.key(2), chosen.shape)
+        experts[: config.tokens // 2 + 3] = 0
+    order = np.argsort(experts.reshape(-1), kind="stable")
+    first, last = np.searchsorted(experts.reshape(-1)[order], [1, 2])
+    start = first + (last - first) // config.tokens * config.tokens
+    one = [np.asarray([number]) for number in (1, start, last)]
+    return Plan(order, np.argsort(order), *one, np.asarray([1]), np.zeros(1, int)), 0
 
 
 def rows_of(planned: Plan, tile: int, config) -> np.ndarray:
-    start = int(planned.start[tile])
-    rows = np.arange(start, min(int(planned.end[tile]), start + config.tokens))
+    rows = np.arange(planned.start[tile], planned.end[tile])
     assert 0 < len(rows) < config.tokens
     return rows
 
@@ -174,31 +187,48 @@ def in_checkpoint_order(values: np.ndarray) -> np.ndarray:
     return values.reshape(*values.shape[:-1], 8, 4, 4).swapaxes(-3, -2).reshape(values.shape)
 
 
-@pytest.mark.parametrize("choices", [1, 2], ids="choices={}".format)
-@pytest.mark.parametrize("config", CASES)
+@functools.cache
+def gate_and_up() -> tuple[ExpertTiles, np.ndarray, np.ndarray]:
+    (w1, gate), (w3, up) = (stack(3, 128, 256, seed) for seed in (1, 3))
+    return to_tiles(interleave(w1, w3)), gate, up
+
+
+@functools.cache
+def down() -> tuple[ExpertTiles, np.ndarray]:
+    w2, numbers = stack(3, 256, 256, 2)
+    return to_tiles(w2), numbers
+
+
+def gated(numbers: np.ndarray, gate: np.ndarray, up: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    """The first product and what follows it, float32: gate and up round to bfloat16 on their way."""
+    gates, ups = ((numbers @ each.T).astype(jnp.bfloat16).astype(np.float32) for each in (gate, up))
+    gates, ups = np.minimum(gates, LIMIT), np.clip(ups, -LIMIT, LIMIT)
+    return gates / (1 + np.exp(-gates)) * ups * shares[:, None]
+
+
+@pytest.mark.parametrize(
+    ("config", "choices"), [*((case.values[0], 1) for case in CASES), (CASES[0].values[0], 2)], ids=str
+)
 def test_gate_and_up_are_what_their_definition_says(config, choices):
-    w1, w3 = (random_stack(3, 128, 256, seed) for seed in (1, 3))
-    weight, (x, planned, tile, shares) = to_tiles(interleave(w1, w3)), planned_request(config, choices)
-    shares = shares.reshape(-1)[planned.order]
-    quant, values, scales = in_blocks(x, planned.order // choices)
+    (weight, gate, up), (planned, tile) = gate_and_up(), planned_request(config, choices)
+    shares = np.random.default_rng(2).uniform(size=planned.order.size).astype(np.float32)
+    values, scales, numbers = in_blocks(ROWS, planned.order // choices)
     shape = kernel.Shape(values.shape[1], 256, 256, LIMIT)
 
     found, found_scales = run_tile(config, shape, weight, planned, tile, values, scales, shares)
 
     rows = rows_of(planned, tile, config)
-    gate, up = (
-        jnp.einsum("rk,nk->rn", dequantize(quant)[rows], dequantize(w[1]), precision="highest")
-        for w in (w1, w3)
-    )
-    gate, up = gate.astype(jnp.bfloat16), up.astype(jnp.bfloat16)
-    expected = quantize(swiglu(gate, up, shares[rows], LIMIT, jnp.bfloat16), "fp8_token128")
-    got_scales = found_scales[0, rows]
-    np.testing.assert_array_equal(got_scales, np.exp2(np.asarray(expected.scale, np.float32)[:, 0] - 127))
-    got, wanted = in_checkpoint_order(found[0, rows]).astype(np.float32), np.asarray(expected.values)
-    # Gate and up round to bfloat16 on their way; another order of a sum may round them otherwise, which SiLU
-    # and the product make a few steps of, and E4M3 at most one of its own, 2^-3.
-    np.testing.assert_allclose(got, wanted.astype(np.float32), rtol=2**-3, atol=2**-9)
-    assert (got != wanted.astype(np.float32)).mean() < 0.02
+    exact = np.full((ROWS, 128), 1, np.float32)
+    exact[: len(rows)] = gated(numbers[rows], gate[1], up[1], shares[rows])
+    expected = quantize(jnp.asarray(exact.astype(jnp.bfloat16)), "fp8_token128")
+    wanted_scale = np.exp2(np.asarray(expected.scale, np.float32)[: len(rows), 0] - 127)
+    np.testing.assert_array_equal(found_scales[0, rows], wanted_scale)
+    got = in_checkpoint_order(found[0, rows]).astype(np.float32)
+    wanted = np.asarray(expected.values)[: len(rows)].astype(np.float32)
+    # Another order of a sum may round gate and up to another bfloat16, which SiLU and the product make a few
+    # steps of, and E4M3 at most one of its own, 2^-3.
+    np.testing.assert_allclose(got, wanted, rtol=2**-3, atol=2**-9)
+    assert (got != wanted).mean() < 0.02
     others = np.delete(np.arange(planned.order.size), rows)
     assert np.isnan(found[0, others].astype(np.float32)).all()  # nobody else's row is written
     assert np.isnan(found_scales[0, others]).all()
@@ -206,18 +236,17 @@ def test_gate_and_up_are_what_their_definition_says(config, choices):
 
 @pytest.mark.parametrize("config", CASES)
 def test_down_is_what_its_definition_says(config):
-    w2, (inner, planned, tile, _) = random_stack(3, 256, 256, 2), planned_request(config, 1)
-    quant, values, scales = in_blocks(inner, jnp.arange(len(inner)))
-    shape, order = kernel.Shape(values.shape[1], 256, 256, None), np.asarray(planned.order)
+    (weight, weights), (planned, tile) = down(), planned_request(config, 1)
+    values, scales, numbers = in_blocks(ROWS, np.arange(ROWS))
+    shape, order = kernel.Shape(values.shape[1], 256, 256, None), planned.order
 
-    found = run_tile(config, shape, to_tiles(w2), planned, tile, values, scales, order)
+    found = run_tile(config, shape, weight, planned, tile, values, scales, order.astype(np.int32))
 
     rows = rows_of(planned, tile, config)
-    expected = jnp.einsum("rk,nk->rn", dequantize(quant)[rows], dequantize(w2[1]), precision="highest")
-    got = found[order[rows]]
+    expected, got = numbers[rows] @ weights[1].T, found[order[rows]]
     assert np.linalg.norm(got - expected) <= 3e-3 * np.linalg.norm(expected)
     # One rounding to bfloat16, 2^-9; where terms cancel, float32 sums in another order.
-    np.testing.assert_allclose(got, expected, rtol=2**-8, atol=1e-4 * float(jnp.abs(expected).max()))
+    np.testing.assert_allclose(got, expected, rtol=2**-8, atol=1e-4 * np.abs(expected).max())
     others = np.delete(np.arange(len(found)), order[rows])
     assert np.isnan(found[others]).all()
 
@@ -225,7 +254,7 @@ def test_down_is_what_its_definition_says(config):
 def test_a_block_that_is_no_number_gets_a_scale_that_is_none():
     config = Config((16,), consumers=4)
     shared, memory = Space(), Space()
-    numbers = np.array(of_many_sizes(16)[:, :128])
+    numbers = of_many_sizes(16)[:, :128].copy()
     numbers[3, 5], numbers[4, 7] = np.nan, np.inf
     chunks = numbers.view(np.uint8).reshape(16, 16, 16)
     chunks = np.stack([row[np.arange(16) ^ n % 8] for n, row in enumerate(chunks)])
@@ -301,12 +330,13 @@ def test_every_tile_is_computed_once_from_its_own_operands(config, monkeypatch):
     monkeypatch.setattr(kernel, "_multiply", plain_multiply)
     monkeypatch.setattr(kernel, "_stage", plain_stage)
     monkeypatch.setattr(kernel, "_write", plain_write)
-    monkeypatch.setattr(kernel, "multiprocessors", lambda: 2)  # fewer than tiles: each program works on several
-    w2 = to_tiles(random_stack(3, 256, 256, 2))
-    inner = of_many_sizes(75)
+    monkeypatch.setattr(
+        kernel, "multiprocessors", lambda: 2
+    )  # fewer than tiles: each program works on several
+    w2 = down()[0]
     chosen = jnp.asarray([1] * 40 + [0] * 5 + [1] * 30, jnp.int32)[:, None]
     planned = plan(chosen, 3, config.tokens, implementation="reference")
-    _, values, scales = in_blocks(inner, jnp.arange(75))
+    values, scales, _ = (jnp.asarray(each) for each in in_blocks(ROWS, np.arange(75)))
     arguments = (w2, values, scales, planned.order, planned)
 
     out = kernel.launch(*arguments, config=config, limit=None, interpret=plgpu.InterpretGPUParams())
@@ -394,13 +424,13 @@ def test_the_kernel_that_sorts_compiles(blocks, arch):
 
 @pytest.mark.gpu
 def test_sorting_quantises_as_the_definition_does_at_the_edges():
-    x, weights = of_many_sizes(129), jax.random.uniform(jax.random.key(0), (129, 3))
+    x, weights = jnp.asarray(of_many_sizes(129)), jax.random.uniform(jax.random.key(0), (129, 3))
     chosen = jax.lax.top_k(jax.random.uniform(jax.random.key(1), (129, 8)), 3)[1]
     planned = plan(chosen, 8, 16, implementation="reference")
 
     values, scales, shares = sorting.sorted_tile_quant(x, planned, weights)
 
-    _, expected_values, expected_scales = in_blocks(x, planned.order // 3)
+    expected_values, expected_scales, _ = in_blocks(129, np.asarray(planned.order) // 3)
     rows = weights.size
     np.testing.assert_array_equal(np.float32(values[:, :rows]), np.float32(expected_values[:, :rows]))
     np.testing.assert_array_equal(scales[:, :rows], expected_scales[:, :rows])

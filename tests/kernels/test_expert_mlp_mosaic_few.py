@@ -3,6 +3,7 @@
 Its PTX runs in an emulator of a warpgroup, its copies, barriers and order of rows in Pallas' interpreter.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -16,11 +17,13 @@ from test_expert_mlp_mosaic import (
     THREADS,
     addresses,
     assert_right,
+    gated,
     lowered,
     of_many_sizes,
     operand,
     planned_shapes,
     random_stack,
+    stack,
     tiles_of,
     total,
 )
@@ -31,7 +34,6 @@ from pallas_kernels.expert_mlp.interleave import interleave
 from pallas_kernels.expert_mlp.mosaic_config import SHARED_BYTES, FewConfig, deepest_few, few_config_for
 from pallas_kernels.expert_mlp.plan import plan
 from pallas_kernels.expert_mlp.tiles import to_tiles
-from pallas_kernels.swiglu.reference import swiglu
 
 pytest.importorskip("triton")
 plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
@@ -99,12 +101,22 @@ CASES = [
 ]
 
 
-def activations(rows: int, columns: int) -> jax.Array:
-    return jnp.concatenate([of_many_sizes(rows) * 2.0**n for n in range(columns // 256)], axis=1)
+@functools.cache
+def activations(terms: int) -> tuple[np.ndarray, np.ndarray]:
+    """[32, 1024] in bfloat16, and the numbers that a kernel is to take them for."""
+    x = np.concatenate([of_many_sizes(32) * jnp.bfloat16(2.0**n) for n in range(4)], axis=1)
+    if terms == 2:
+        return x, x.astype(np.float32)
+    return x, np.asarray(dequantize(quantize(jnp.asarray(x), "fp8_token128")))
 
 
-def in_numerics(x: jax.Array, config) -> jax.Array:
-    return dequantize(quantize(x, "fp8_token128")) if config.terms == 1 else x.astype(jnp.float32)
+@functools.cache
+def weights() -> tuple[Any, np.ndarray, np.ndarray, Any, np.ndarray]:
+    """Tiles of gate and up, and their numbers; tiles of down, and its."""
+    (w1, gate), (w3, up), (w2, down) = (
+        stack(2, rows, 1024, seed) for seed, rows in ((1, 64), (3, 64), (2, 128))
+    )
+    return to_tiles(interleave(w1, w3)), gate, up, to_tiles(w2), down
 
 
 def as_bf16(result: np.ndarray) -> np.ndarray:
@@ -113,55 +125,50 @@ def as_bf16(result: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize(("config", "real"), CASES)
 def test_gate_and_up_are_what_their_definition_says(config, real):
-    columns, choices, start = config.columns * 2 if config.blocks == 1 else config.columns, 2, 2
-    w1, w3 = (random_stack(2, 64, columns, seed) for seed in (1, 3))
-    weight, x = to_tiles(interleave(w1, w3)), activations(32, columns)
-    order = jax.random.permutation(jax.random.key(3), 64)
-    weights = jax.random.uniform(jax.random.key(2), (64,))
-    shape = kernel.Shape(128, columns, choices, LIMIT, (8, 24))
+    (weight, gate, up, *_), (x, numbers), random = (
+        weights(),
+        activations(config.terms),
+        np.random.default_rng(3),
+    )
+    choices, start, order = 2, 2, random.permutation(64).astype(np.int32)
+    shares = random.uniform(size=64).astype(np.float32)
+    shape = kernel.Shape(128, 1024, choices, LIMIT, (8, 24))
     item = kernel.Item(3, 1, 64, start, real)
     result = np.full((64, 64), 0xFFFF, np.uint16)
 
-    arrived = run_item(config, shape, weight.tiles, weight.row_exponent, item, x, order, weights, result)
+    arrived = run_item(config, shape, weight.tiles, weight.row_exponent, item, x, order, shares, result)
 
     assert arrived == [(32 * warp, 3, 23) for warp in range(4)]
     pairs = order[start : start + real]
-    numbers = in_numerics(x, config)[pairs // choices]
-    gate, up = (
-        jnp.einsum("rk,nk->rn", numbers, dequantize(w[1])[32:], precision="highest").astype(jnp.bfloat16)
-        for w in (w1, w3)
-    )
-    expected = swiglu(gate, up, weights[pairs], LIMIT, jnp.float32)
+    expected = gated(numbers[pairs // choices], gate[1, 32:], up[1, 32:], shares[pairs])
     found = as_bf16(result)
     got = found[start : start + real, 32:]
     assert np.linalg.norm(got - expected) <= 3e-3 * np.linalg.norm(expected)
-    # One by one, so that no element is another's: gate and up round to bfloat16 on their way; another order
-    # of a sum may round them otherwise, which SiLU and the product make a few steps of.
-    np.testing.assert_allclose(got, expected, rtol=3e-2, atol=1e-2 * float(jnp.abs(expected).max()))
+    # One by one, so that no element is another's: another order of a sum may round gate and up to another
+    # bfloat16, which SiLU and the product make a few steps of.
+    np.testing.assert_allclose(got, expected, rtol=3e-2, atol=1e-2 * np.abs(expected).max())
     found[start : start + real, 32:] = np.nan
     assert np.isnan(found).all()  # nothing else is written
 
 
 @pytest.mark.parametrize(("config", "real"), CASES)
 def test_down_is_what_its_definition_says(config, real):
-    columns, start = config.columns * 2 if config.blocks == 1 else config.columns, 5
-    w2, inner = random_stack(2, 128, columns, 2), activations(32, columns)
-    weight, order = to_tiles(w2), jax.random.permutation(jax.random.key(3), 32)
-    shape = kernel.Shape(128, columns, None, None, (8, 24))
+    (*_, weight, down), (inner, numbers), start = weights(), activations(config.terms), 5
+    order = np.random.default_rng(3).permutation(32).astype(np.int32)
+    shape = kernel.Shape(128, 1024, None, None, (8, 24))
     item = kernel.Item(2, 1, 64, start, real)
     result = np.full((32, 128), 0xFFFF, np.uint16)
     arguments = (weight.tiles, weight.row_exponent, item, inner, order, np.zeros(1, np.float32), result)
 
     run_item(config, shape, *arguments)
 
-    numbers = in_numerics(inner, config)[start : start + real]
-    expected = jnp.einsum("rk,nk->rn", numbers, dequantize(w2[1])[64:], precision="highest")
-    found, pairs = as_bf16(result), np.asarray(order)[start : start + real]
+    expected = numbers[start : start + real] @ down[1, 64:].T
+    found, pairs = as_bf16(result), order[start : start + real]
     got = found[pairs, 64:]
     assert np.linalg.norm(got - expected) <= 3e-3 * np.linalg.norm(expected)
     # One rounding to bfloat16, 2^-9; where terms cancel, float32 sums in another order. Two terms of E4M3
     # miss up to 2^-18 of a block's largest number.
-    np.testing.assert_allclose(got, expected, rtol=2**-8, atol=1e-4 * float(jnp.abs(expected).max()))
+    np.testing.assert_allclose(got, expected, rtol=2**-8, atol=1e-4 * np.abs(expected).max())
     found[pairs, 64:] = np.nan
     assert np.isnan(found).all()
 
@@ -243,25 +250,25 @@ def test_every_row_is_computed_once_from_its_own_operands(config, monkeypatch):
         monkeypatch.setattr(kernel, name, function)
     # The interpreter runs programs one after the other, so that none may wait for another.
     monkeypatch.setattr(kernel, "multiprocessors", lambda: 1)
-    experts, hidden, inner = 2, 512, 1024
+    experts, hidden, inner = 2, 512, 512
     w13 = to_tiles(random_stack(experts, 2 * inner, hidden, 1))
     w2 = to_tiles(random_stack(experts, hidden, inner, 2))
-    x = jnp.round(jax.random.normal(jax.random.key(0), (6, hidden)) * 4).astype(jnp.bfloat16) / 4
-    chosen = jnp.asarray([[1, 0]] * 5 + [[1, 1]], jnp.int32)
+    x = jnp.round(jax.random.normal(jax.random.key(0), (3, hidden)) * 4).astype(jnp.bfloat16) / 4
+    chosen = jnp.asarray([[1, 0], [1, 0], [1, 1]], jnp.int32)
     weights = jnp.round(4 * jax.random.uniform(jax.random.key(2), chosen.shape)) / 4
     planned = plan(chosen, experts, config.tokens, implementation="reference")
 
     interpret = plgpu.InterpretGPUParams()
     _, out = kernel.products(x, planned, weights, w13, w2, limit=LIMIT, config=config, interpret=interpret)
-    found = out.reshape(6, 2, hidden).astype(jnp.float32).sum(1)
+    found = out.reshape(3, 2, hidden).astype(jnp.float32).sum(1)
 
     def product(rows: jax.Array, tiles: jax.Array) -> jax.Array:
         of_block = jnp.stack([plain_weight(row).reshape(64, -1, 128).sum(2) for row in tiles])
         return jnp.einsum("tk,nrk->tnr", rows[:, ::128].astype(jnp.float32), of_block).reshape(len(rows), -1)
 
-    expected = jnp.zeros((6, hidden))
+    expected = jnp.zeros((3, hidden))
     for choice in range(2):
-        for token in range(6):
+        for token in range(3):
             expert = int(chosen[token, choice])
             both = product(x[token, None], w13.tiles[expert]).reshape(-1, 2, 8)
             middle = (both[:, 0] * both[:, 1]).reshape(1, -1) * weights[token, choice]
