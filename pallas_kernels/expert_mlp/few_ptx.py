@@ -4,6 +4,8 @@ in, how the parts of a sum meet, and how it leaves.
 `$name` stands for an operand of the inline assembly. A thread of a warp is t, q = divmod(lane, 4).
 """
 
+from typing import Literal
+
 from pallas_kernels.expert_mlp.mosaic_config import BLOCK, FewConfig
 from pallas_kernels.expert_mlp.mosaic_ptx import (
     QUANTISE_REGISTERS,
@@ -13,15 +15,16 @@ from pallas_kernels.expert_mlp.mosaic_ptx import (
     scale_ptx,
 )
 
+Rows = int | Literal["sorted", "one"]
 TOGETHER = 16  # blocks of 128 columns that a warpgroup quantises at a time, eight threads each
 
 
-def load_ptx(config: FewConfig, columns: int, choices: int | None) -> str:
+def load_ptx(config: FewConfig, columns: int, rows: Rows) -> str:
     """Some of a consumer's blocks of activations, from memory to shared memory, as `fp8_token128`.
 
-    It has every fourth `config.blocks` of all; numbers run over these, then over tokens. Of a token these are
-    rows of x by its place in `order`, a (token, choice) pair if `choices` says how many a token has, or the
-    rows from `start` on.
+    It has every fourth `config.blocks` of all; numbers run over these, then over tokens. A token's row of x
+    is that of its (token, choice) pair in `order`, of so many choices; or the only one; or it follows `start`
+    as the token follows the tile's first.
 
     Operands: `thread`; `number` of the first of them; `count` of tokens that are real; `x`, address of the
     consumer's first block in row 0; `order`, address of the pair of the tile's first token; `start`; `values`
@@ -41,15 +44,17 @@ def load_ptx(config: FewConfig, columns: int, choices: int | None) -> str:
         "sub.u32 block, number, block;",
         "setp.lt.u32 real, token, $count;",
     ]
-    if choices is None:
+    if rows == "sorted":
         lines.append("add.u32 row, token, $start;")
+    elif rows == "one":
+        lines.append("mov.b32 row, 0;")
     else:
         lines += [
             "mul.wide.u32 from, token, 4;",
             "add.u64 from, from, $order;",
             "mov.b32 row, 0;",
             "@real ld.global.nc.b32 row, [from];",
-            f"div.u32 row, row, {choices};",
+            f"div.u32 row, row, {rows};",
         ]
     lines += [
         f"mul.wide.u32 from, row, {columns * 2};",
@@ -123,7 +128,7 @@ def part_ptx(config: FewConfig) -> str:
 
 
 def warm_ptx(gated: bool) -> str:
-    """Brings near what `finish_ptx` is going to read. Operands: as of that."""
+    """Brings near what `finish_ptx` is going to read, with all others that read it. Operands: as of that."""
     lines = [
         ".reg .pred real;",
         ".reg .b32 token, found;",

@@ -110,12 +110,14 @@ class FewConfig(NamedTuple):
         what bfloat16 holds.
       blocks: of 128 columns of each consumer in a stage.
       stages: how many are under way or in use.
+      ahead: how many are under way at most: more only queue up in front of all else that is read.
     """
 
     tokens: int
     terms: int = 1
     blocks: int = 1
     stages: int = 2
+    ahead: int = 3
 
     consumers = 4
     waves = 1
@@ -196,7 +198,7 @@ def deepest_few(columns: int, tokens: int, **more: Any) -> FewConfig:
 FEW_TOKENS = ((4, 8), (9, 16), (14, 24))
 
 
-def few_config_for(rows: int, shape: tuple[int, int, int], activation: str | None) -> FewConfig | None:
+def few_config_for(rows: int, shape: tuple[int, ...], activation: str | None) -> FewConfig | None:
     """For so many (token, choice) rows and gate and up of such a shape; None: they are too many, or a
     consumer's share of the columns is no whole number of blocks.
     """

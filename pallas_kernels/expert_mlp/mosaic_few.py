@@ -38,14 +38,14 @@ class Shape(NamedTuple):
     """One of the products: [rows, columns] of each expert.
 
     Attributes:
-      choices: experts of a token, where activations are those of tokens; None where each pair has its own.
+      activations: which rows they are, see `load_ptx`.
       limit: of the gated activation, None where there is none.
       arrivals: how many times a tile of tokens is counted by this product and by both.
     """
 
     rows: int
     columns: int
-    choices: int | None
+    activations: ptx.Rows
     limit: float | None
     arrivals: tuple[int, int]
 
@@ -142,7 +142,7 @@ def _load(config: FewConfig, shape: Shape, refs: Sequence[Any], item: Item, grou
         operands |= narrow.addresses({"values": values, "scales": scales}, shared)
         operands |= {"thread": lane().thread, "number": narrow.of(first)}
         operands |= {"count": narrow.of(item.real), "start": narrow.of(item.start)}
-        text = ptx.load_ptx(config, shape.columns, shape.choices)
+        text = ptx.load_ptx(config, shape.columns, shape.activations)
         assemble(text, {name: value for name, value in operands.items() if f"${name}" in text})
 
     def leave(_) -> None:
@@ -231,7 +231,8 @@ def _finish(
 # --- the kernel
 
 
-def _kernel(config: FewConfig, shapes: tuple[Shape, Shape], *refs: Any) -> None:
+def _kernel(config: FewConfig, shapes: tuple[Shape, Shape], tiles: int | None, *refs: Any) -> None:
+    """`tiles`: how many tiles of tokens there are, where that is known; None to read it first."""
     tiles13, exponents13, tiles2, exponents2, x, weights, order = refs[:7]
     experts, starts, ends, count, arrivals, inner, out = refs[7:14]
     tile_stages, values, scales, parts, full, free, ready, taken = refs[14:]
@@ -244,22 +245,25 @@ def _kernel(config: FewConfig, shapes: tuple[Shape, Shape], *refs: Any) -> None:
 
     def range_of(shape: Shape) -> tuple[jax.Array, jax.Array]:
         """The program's first item of a product, and the one after its last."""
-        items = count[0] * (shape.rows // HEIGHT)
+        items = (count[0] if tiles is None else tiles) * (shape.rows // HEIGHT)
         return lax.div(program * items, programs), lax.div((program + 1) * items, programs)
+
+    def expert_of(tile: jax.Array) -> jax.Array:
+        """Some expert, for no tokens, where `tiles` counts tiles that are not there."""
+        return experts[tile] if tiles is None else jnp.maximum(experts[tile], 0)
 
     def item_of(shape: Shape, number: jax.Array) -> Item:
         blocks = jnp.int32(shape.rows // HEIGHT)
         tile, block = lax.div(number, blocks), lax.rem(number, blocks)
         start = starts[tile]
-        return Item(
-            tile, experts[tile], block * HEIGHT, start, jnp.minimum(ends[tile] - start, config.tokens)
-        )
+        real = jnp.minimum(ends[tile] - start, config.tokens)
+        return Item(tile, expert_of(tile), block * HEIGHT, start, real)
 
     def next_slot(slot: jax.Array) -> jax.Array:
         # A remainder would be a chain of a dozen instructions before each wait.
         return jnp.where(slot == config.stages - 1, 0, slot + 1)
 
-    def load_all(shape: Shape, tiles: Any, loaded: jax.Array) -> jax.Array:
+    def load_all(shape: Shape, weight: Any, loaded: jax.Array) -> jax.Array:
         """A product's weights, after so many stages of the other; returns how many then are loaded."""
         first, last = range_of(shape)
         steps, tiles_of_row = shape.columns // config.columns, shape.columns // BLOCK
@@ -267,7 +271,7 @@ def _kernel(config: FewConfig, shapes: tuple[Shape, Shape], *refs: Any) -> None:
 
         @pl.loop(first, last)
         def _(number: jax.Array) -> None:
-            row = experts[lax.div(number, blocks)] * blocks + lax.rem(number, blocks)
+            row = expert_of(lax.div(number, blocks)) * blocks + lax.rem(number, blocks)
             before = loaded + (number - first) * steps
 
             @pl.loop(0, steps)
@@ -278,20 +282,30 @@ def _kernel(config: FewConfig, shapes: tuple[Shape, Shape], *refs: Any) -> None:
                 def _() -> None:
                     plgpu.barrier_wait(free.at[slot])
 
-                source = tiles.at[pl.ds(row * tiles_of_row + step * stage, stage)]
+                @pl.when(before + step >= config.ahead)
+                def _() -> None:
+                    behind = jnp.where(slot < config.ahead, slot + config.stages, slot) - config.ahead
+                    plgpu.barrier_wait(full.at[behind])
+
+                source = weight.at[pl.ds(row * tiles_of_row + step * stage, stage)]
                 plgpu.copy_gmem_to_smem(source, tile_stages.at[slot], full.at[slot])
 
         return loaded + (last - first) * steps
 
     def producer() -> None:
         loaded = jnp.int32(0)
-        for shape, tiles, *_ in products:
-            loaded = load_all(shape, tiles, loaded)
+        for shape, weight, *_ in products:
+            loaded = load_all(shape, weight, loaded)
 
-        # Leave when all has been reported: the interpreter wants every phase of a barrier seen.
-        @pl.loop(jnp.maximum(loaded - config.stages, 0), loaded)
-        def _(count: jax.Array) -> None:
-            plgpu.barrier_wait(free.at[lax.rem(count, jnp.int32(config.stages))])
+        def see(barrier: Any, behind: int) -> None:
+            """The interpreter wants every phase of a barrier seen."""
+
+            @pl.loop(jnp.maximum(loaded - behind, 0), loaded)
+            def _(count: jax.Array) -> None:
+                plgpu.barrier_wait(barrier.at[lax.rem(count, jnp.int32(config.stages))])
+
+        see(full, config.ahead)
+        see(free, config.stages)
 
     def consumer() -> None:
         slot, handed = jnp.int32(0), jnp.int32(0)
@@ -345,23 +359,32 @@ def _kernel(config: FewConfig, shapes: tuple[Shape, Shape], *refs: Any) -> None:
         def _(count: jax.Array) -> None:
             plgpu.barrier_wait(taken.at[lax.rem(count, jnp.int32(PART_SLOTS))])
 
+    def finish_all(shape: Shape, exponents: Any, result: Any, done: jax.Array) -> jax.Array:
+        """A product's sums, after so many of the other; returns how many then are finished."""
+        first, last = range_of(shape)
+        arrays = (parts, exponents, order, weights, result, arrivals)
+
+        def warm(number: jax.Array) -> None:
+            @pl.when(number < last)
+            def _() -> None:
+                _finish(config, shape, arrays, item_of(shape, number), jnp.int32(0), warm=True)
+
+        warm(first)
+
+        @pl.loop(first, last)
+        def _(number: jax.Array) -> None:
+            warm(number + 1)
+            place = lax.rem(done + number - first, jnp.int32(PART_SLOTS))
+            plgpu.barrier_wait(ready.at[place])
+            _finish(config, shape, arrays, item_of(shape, number), place)
+            plgpu.barrier_arrive(taken.at[place])
+
+        return done + last - first
+
     def finisher() -> None:
         done = jnp.int32(0)
         for shape, _, exponents, _, result in products:
-            first, last = range_of(shape)
-
-            @pl.loop(first, last)
-            def _(
-                number: jax.Array, first=first, done=done, shape=shape, exponents=exponents, result=result
-            ) -> None:
-                item, place = item_of(shape, number), lax.rem(done + number - first, jnp.int32(PART_SLOTS))
-                arrays = (parts, exponents, order, weights, result, arrivals)
-                _finish(config, shape, arrays, item, place, warm=True)
-                plgpu.barrier_wait(ready.at[place])
-                _finish(config, shape, arrays, item, place)
-                plgpu.barrier_arrive(taken.at[place])
-
-            done += last - first
+            done = finish_all(shape, exponents, result, done)
 
     role = jnp.maximum(group - config.consumers + 1, 0)
     lax.switch(role, (consumer, producer, finisher))
@@ -387,13 +410,13 @@ def products(
     pairs, choices = weights.size, weights.shape[1]
     each = [WARPS * rows // HEIGHT for rows in (both, hidden)]
     shapes = (
-        Shape(both, hidden, choices, limit, (each[0], sum(each))),
-        Shape(hidden, both // 2, None, None, (each[1], sum(each))),
+        Shape(both, hidden, "one" if len(x) == 1 else choices, limit, (each[0], sum(each))),
+        Shape(hidden, both // 2, "sorted", None, (each[1], sum(each))),
     )
     stage, widest = config.consumers * config.blocks, max(hidden, both // 2)
     blocks = widest // BLOCK
     return plgpu.kernel(
-        functools.partial(_kernel, config, shapes),
+        functools.partial(_kernel, config, shapes, planned.expert.size if len(x) == 1 else None),
         out_type=(
             jax.ShapeDtypeStruct((pairs, both // 2), jnp.bfloat16),
             jax.ShapeDtypeStruct((pairs, hidden), jnp.bfloat16),

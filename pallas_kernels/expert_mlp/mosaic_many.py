@@ -6,9 +6,9 @@ tile should hold all of an expert's: up to 256. Sums over 128 columns leave the 
 are multiplied by their token's scale and added to the running sums, while the tensor core works on the next
 piece, or for another warpgroup that multiplies.
 
-Activations lie block by block of 128 columns, rows in sorted order (`quant.sorted_tile_quant`), so a stage's
-are one copy. The first product leaves what the second takes, in that order, already quantised: its programs
-work on whole blocks of 128 inner columns.
+Activations lie block by block of 128 columns, expert by expert (`quant.sorted_tile_quant`), so a stage's are
+one copy. The first product leaves what the second takes, in that order, already quantised: its programs work
+on whole blocks of 128 inner columns.
 """
 
 import functools
@@ -26,7 +26,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.expert_mlp import mosaic_ptx as ptx
 from pallas_kernels.expert_mlp.assembly import Lane, Numbers, Total, arrays, assemble, lane, registers
 from pallas_kernels.expert_mlp.mosaic_config import BLOCK, HEIGHT, Config, Configs, multiprocessors
-from pallas_kernels.expert_mlp.plan import Plan
+from pallas_kernels.expert_mlp.plan import Plan, place_count
 from pallas_kernels.expert_mlp.quant import sorted_tile_quant
 from pallas_kernels.expert_mlp.tiles import CODES_BYTES, TILE_BYTES, TILE_SHAPE, ExpertTiles
 
@@ -45,6 +45,7 @@ class Item(NamedTuple):
 
     Attributes:
       start: the tile's first token, in sorted order.
+      first: its place.
       real: how many of its tokens are there.
     """
 
@@ -52,6 +53,7 @@ class Item(NamedTuple):
     expert: Any
     row: Any
     start: Any
+    first: Any
     real: Any
 
 
@@ -94,12 +96,13 @@ def stage_places(
         own = (group, config.tokens * config.out_bytes(False))
         return places | {"stage": total(own), "first": total(0), "shares": total(0)}
     first = total((turn, config.consumers * config.waves * 4), (group, config.waves * 4))
-    return places | {"stage": total(0), "first": first, "shares": total((item.start, 4), (at.place, 8))}
+    shares = total((item.first, 4), (at.place, 8))
+    return places | {"stage": total(0), "first": first, "shares": shares}
 
 
 def quant_places(shape: Shape, total: Total, item: Item, block: Any) -> dict[str, Any]:
     """The same for `quant_ptx`; `block` is that of the item's inner columns."""
-    place = total((block, shape.tokens), item.start)
+    place = total((block, shape.tokens), item.first)
     return {"out": total((place, BLOCK)), "scales": total((place, 4))}
 
 
@@ -149,7 +152,7 @@ def _stage(
     """The sums of a consumer to shared memory; `turn` is how many times the item's rows went before."""
 
     def emit(_, exponents, shares, staged, *values: mgpu.FragmentedArray):
-        item, (turn, group), sums = Item(*values[:5]), values[5:7], values[7:]
+        item, (turn, group), sums = Item(*values[:6]), values[6:8], values[8:]
         narrow, wide, thread = Numbers(32), Numbers(64), lane()
         places = stage_places(config, shape, wide.total, item, turn, group, thread)
         operands = {"thread": thread.thread, "first": narrow.of(places.pop("first"))}
@@ -160,7 +163,7 @@ def _stage(
         mgpu_utils.warpgroup_barrier()
         return ()
 
-    numbers = (_NUMBER,) * 7
+    numbers = (_NUMBER,) * 8
     inline: Any = plgpu.inline_mgpu(
         arg_types=(_REF, _REF, _REF, *numbers, *(plgpu.Layout.WGMMA,) * config.waves)
     )
@@ -171,7 +174,7 @@ def _write_quantised(config: Config, shape: Shape, refs: Sequence[Any], item: It
     """A block of inner columns, which is whole in shared memory: a consumer's share of its tokens."""
 
     def emit(_, staged, values, scales, *numbers: mgpu.FragmentedArray):
-        item, group = Item(*numbers[:5]), numbers[5]
+        item, group = Item(*numbers[:6]), numbers[6]
         narrow, wide = Numbers(32), Numbers(64)
         block = wide.divided(item.row, 2 * BLOCK)
         operands = wide.addresses(
@@ -181,7 +184,7 @@ def _write_quantised(config: Config, shape: Shape, refs: Sequence[Any], item: It
         assemble(ptx.quant_ptx(config), operands | {"stage": narrow.address(staged)})
         return ()
 
-    inline: Any = plgpu.inline_mgpu(arg_types=(_REF, _REF, _REF, *(_NUMBER,) * 6))
+    inline: Any = plgpu.inline_mgpu(arg_types=(_REF, _REF, _REF, *(_NUMBER,) * 7))
     inline(emit)(*refs, *item, group)
 
 
@@ -189,7 +192,7 @@ def _write(config: Config, shape: Shape, refs: Sequence[Any], item: Item, group:
     """The rows of a consumer, which are in shared memory, to their places in the result."""
 
     def emit(_, staged, order, out, *numbers: mgpu.FragmentedArray):
-        item, group = Item(*numbers[:5]), numbers[5]
+        item, group = Item(*numbers[:6]), numbers[6]
         narrow, wide = Numbers(32), Numbers(64)
         places = write_places(config, wide.total, item, group)
         operands = {"thread": lane().thread, "count": narrow.of(item.real)}
@@ -198,7 +201,7 @@ def _write(config: Config, shape: Shape, refs: Sequence[Any], item: Item, group:
         assemble(ptx.write_ptx(config, shape.rows * 2), operands)
         return ()
 
-    inline: Any = plgpu.inline_mgpu(arg_types=(_REF, _REF, _REF, *(_NUMBER,) * 6))
+    inline: Any = plgpu.inline_mgpu(arg_types=(_REF, _REF, _REF, *(_NUMBER,) * 7))
     inline(emit)(*refs, *item, group)
 
 
@@ -206,8 +209,8 @@ def _write(config: Config, shape: Shape, refs: Sequence[Any], item: Item, group:
 
 
 def _kernel(config: Config, shape: Shape, *refs: Any) -> None:
-    tiles, exponents, x, scales, places, experts, starts, ends, count = refs[:9]
-    *outs, tile_stages, x_stages, scale_stages, staged, full, free, whole = refs[9:]
+    tiles, exponents, x, scales, places, experts, starts, ends, firsts, count = refs[:10]
+    *outs, tile_stages, x_stages, scale_stages, staged, full, free, whole = refs[10:]
     group, program = lax.axis_index("warpgroup"), lax.axis_index("program")
     turns = config.passes(shape.gated)
     steps, blocks = shape.columns // BLOCK // config.blocks, shape.rows // (config.rows * turns)
@@ -220,7 +223,7 @@ def _kernel(config: Config, shape: Shape, *refs: Any) -> None:
         tile, block = lax.div(item, jnp.int32(blocks)), lax.rem(item, jnp.int32(blocks))
         start = starts[tile]
         real = jnp.minimum(ends[tile] - start, config.tokens)
-        return Item(tile, experts[tile], block * (config.rows * turns), start, real)
+        return Item(tile, experts[tile], block * (config.rows * turns), start, firsts[tile], real)
 
     def producer() -> None:
         plgpu.set_max_registers(REGISTERS[config.consumers][0], action="decrease")
@@ -237,7 +240,6 @@ def _kernel(config: Config, shape: Shape, *refs: Any) -> None:
                 turn, step = (lax.div(step, steps), lax.rem(step, steps)) if turns > 1 else (0, step)
                 block = pl.ds(step * config.blocks, config.blocks)
                 rows = pl.ds(lax.div(item.row, HEIGHT) + turn * high, high)
-                tokens = pl.ds(item.start, config.tokens)
 
                 @pl.when(count >= config.stages)
                 def _() -> None:
@@ -245,8 +247,8 @@ def _kernel(config: Config, shape: Shape, *refs: Any) -> None:
 
                 for source, stages in (
                     (tiles.at[item.expert, rows, block], tile_stages),
-                    (x.at[block, tokens], x_stages),
-                    (scales.at[block, pl.ds(item.start, config.scales)], scale_stages),
+                    (x.at[block, pl.ds(item.first, config.places)], x_stages),
+                    (scales.at[block, pl.ds(item.first, config.scales)], scale_stages),
                 ):
                     plgpu.copy_gmem_to_smem(source, stages.at[slot], full.at[slot])
 
@@ -303,16 +305,16 @@ def _kernel(config: Config, shape: Shape, *refs: Any) -> None:
 @functools.partial(jax.jit, static_argnames=("config", "limit", "interpret"))
 def launch(
     weight: ExpertTiles,
-    x: jax.Array,  # [columns / 128, padded(R), 128] e4m3, rows sorted by expert
-    scales: jax.Array,  # [columns / 128, padded(R)] float32
-    places: jax.Array,  # float32 routing weights, sorted; or [R] int32 rows of the result
+    x: jax.Array,  # [columns / 128, P, 128] e4m3, by places
+    scales: jax.Array,  # [columns / 128, P] float32
+    places: jax.Array,  # [P] float32 routing weights; or [R] int32 rows of the result, in sorted order
     planned: Plan,
     *,
     config: Config,
     limit: float | None,
     interpret: Any = None,
 ) -> Any:
-    """The inner activations as `x` and `scales` are, or [R, rows] in bfloat16, in the order of `places`.
+    """The inner activations as `x` and `scales` are, or [R, rows] in bfloat16, in (token, choice) order.
 
     A jit of its own: calls of one shape share one lowering.
     """
@@ -356,6 +358,7 @@ def launch(
         planned.expert,
         planned.start,
         planned.end,
+        planned.first,
         planned.count,
     )
 
@@ -373,7 +376,8 @@ def products(
     configs: Configs,
 ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
     """Inner activations as `launch` leaves them, and [R, M] bfloat16 in (token, choice) order."""
-    values, scales, shares = sorted_tile_quant(x, planned, weights)
+    places = place_count(planned, w13.shape[0], configs.gate_up.tokens)
+    values, scales, shares = sorted_tile_quant(x, planned, weights, places)
     inner = launch(w13, values, scales, shares, planned, config=configs.gate_up, limit=limit)
     return inner, launch(w2, *inner, planned.order, planned, config=configs.down, limit=None)
 

@@ -1,6 +1,7 @@
 """Activations to FP8 for weights in tiles: columns in the order of `tiles.tile_order`, in one pass."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +40,7 @@ def _quant(
 def _sorted_quant(
     x,  # [T, K] bfloat16
     weight,  # [T * CHOICES] float32, of each pair
-    row,  # [T * CHOICES] int32, the sorted row of each pair
+    place,  # [T * CHOICES] int32, of each pair
     values,  # [K/128, ROWS, 128] e4m3
     scale,  # [K/128, ROWS] float32
     share,  # [ROWS] float32
@@ -60,14 +61,14 @@ def _sorted_quant(
     power = tl.where(exponent == 255, 0x7FC00000, exponent << 23).to(tl.float32, bitcast=True)
     for choice in tl.static_range(CHOICES):
         pair = token * CHOICES + choice
-        place = block.to(tl.int64) * ROWS + tl.load(row + pair)
-        tl.store(values + place[:, None] * 128 + column, found)
-        tl.store(scale + place, power)
+        at = block.to(tl.int64) * ROWS + tl.load(place + pair)
+        tl.store(values + at[:, None] * 128 + column, found)
+        tl.store(scale + at, power)
         if first == 0:
-            tl.store(share + tl.load(row + pair), tl.load(weight + pair))
+            tl.store(share + tl.load(place + pair), tl.load(weight + pair))
 
 
-_CONSTANTS = {"FLOOR": FORMATS["fp8_token128"].floor, "MOST": E4M3_MAX}
+_CONSTANTS: dict[str, Any] = {"FLOOR": FORMATS["fp8_token128"].floor, "MOST": E4M3_MAX}
 
 
 def tile_quant(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -87,34 +88,27 @@ def tile_quant(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     )
 
 
-def padded(rows: int) -> int:
-    """Rows that arrays in sorted order are made for: a multiple of 16 bytes from one block to the next, and
-    room for what the last tile reads past its tokens.
-    """
-    return -(-rows // 4) * 4 + 256
-
-
 def sorted_tile_quant(
-    x: jax.Array, planned: Plan, weights: jax.Array
+    x: jax.Array, planned: Plan, weights: jax.Array, places: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """x [T, K] in `fp8_token128`, once for each choice, with rows in sorted order: values
-    [K/128, padded(R), 128] with columns in the order of the tiles, scales [K/128, padded(R)] float32; and the
-    routing weights [padded(R)]. What is past R is not written.
+    """x [T, K] in `fp8_token128`, once for each choice, where `planned.place` says, of P `places`: values
+    [K/128, P, 128] with columns in the order of the tiles, scales [K/128, P] float32; and the routing weights
+    [P]. Places without a pair are not written.
     """
     tokens, columns = x.shape
-    blocks, rows = math.gcd(columns // BLOCK, _BLOCKS), padded(weights.size)
+    blocks = math.gcd(columns // BLOCK, _BLOCKS)
     return triton_call(
         _sorted_quant,
         x,
         weights.reshape(-1),
-        planned.row,
+        planned.place,
         out=(
-            jax.ShapeDtypeStruct((columns // BLOCK, rows, BLOCK), jnp.float8_e4m3fn),
-            jax.ShapeDtypeStruct((columns // BLOCK, rows), jnp.float32),
-            jax.ShapeDtypeStruct((rows,), jnp.float32),
+            jax.ShapeDtypeStruct((columns // BLOCK, places, BLOCK), jnp.float8_e4m3fn),
+            jax.ShapeDtypeStruct((columns // BLOCK, places), jnp.float32),
+            jax.ShapeDtypeStruct((places,), jnp.float32),
         ),
         grid=(tokens * (columns // BLOCK // blocks),),
-        ROWS=rows,
+        ROWS=places,
         K=columns,
         CHOICES=weights.shape[1],
         BLOCKS=blocks,

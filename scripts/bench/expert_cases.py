@@ -165,7 +165,7 @@ def few_way(config: FewConfig) -> Way:
     def mlp(x, planned, shares, w13, w2):
         return mosaic_few.planned_mlp(x, planned, shares, w13, w2, LIMIT, config)
 
-    cut = f"few {config.tokens} {config.blocks} {config.stages}"
+    cut = f"few {config.tokens} {config.blocks} {config.ahead} {config.stages}"
     return Way(f"mosaic {_widths('fp4', activation)}", config.tokens, products, mlp, cut)
 
 

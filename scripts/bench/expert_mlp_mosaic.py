@@ -27,13 +27,14 @@ from profile_kernels import kernel_times
 
 from pallas_kernels.expert_mlp.mosaic_config import Configs, FewConfig, deepest, deepest_few
 
-# By the most tokens they are for. For few tokens: those of a tile, blocks of columns in a stage, and stages.
+# By the most tokens they are for. For few tokens: those of a tile, blocks of columns in a stage, stages that are
+# under way, and stages.
 # For many: those of each product of the tensor core, behind the same for tiles with fewer; times 64 rows;
 # warpgroups; blocks of columns in a stage; stages of both kernels. Stages are as many as fit if left out.
 CANDIDATES = {
-    8: "few 8,few 8 2",
-    128: "few 8,few 8 2,few 16",
-    512: "few 16,few 24,few 24 2,16 1 4 2,32 1 4 2",
+    8: "few 8 1 2,few 8 1 3,few 8 1 5,few 8 2 2,few 8 2 3",
+    128: "few 8 1 3,few 8 1 5,few 8 2 2,few 8 2 3",
+    512: "few 16 1 3,few 24 1 2,few 24 1 3,32 1 4 2",
     2048: "64 1 4 2,64 1 4 1,48/64 1 4 1",
     8192: "64+64+48+48 1 2 1,48+48 1 4 1,64 1 4 2",
 }
@@ -43,9 +44,10 @@ OFF = ("decoding", "promotion", "products")
 def parse(text: str, case: Case) -> FewConfig | Configs:
     first, *rest = text.split()
     if first == "few":
-        tokens, blocks, stages = [*map(int, rest), *(1, 0)[len(rest) - 1 :]]
+        tokens, blocks, ahead, stages = [*map(int, rest), *(1, 3, 0)[len(rest) - 1 :]]
+        terms = 1 if case.bench.activation else 2
         columns = max(case.bench.config.hidden_size, case.bench.config.moe_intermediate_size)
-        config = deepest_few(columns, tokens, terms=1 if case.bench.activation else 2, blocks=blocks)
+        config = deepest_few(columns, tokens, terms=terms, blocks=blocks, ahead=ahead)
         return config._replace(stages=stages or config.stages)
     *shorter, widths = (tuple(map(int, each.split("+"))) for each in first.split("/"))
     waves, consumers, blocks, *stages = map(int, rest)
@@ -124,7 +126,7 @@ def main() -> int:
         table = CANDIDATES[min(most for most in CANDIDATES if most >= min(case.tokens, 8192))]
         jobs += [(case, text) for text in (arguments.configs or table).split(",")]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        futures = [pool.submit(prepare, *job, arguments.off) for job in jobs]
+        futures = [pool.submit(prepare, case, text, arguments.off) for case, text in jobs]
         for job, future in zip(jobs, futures, strict=True):
             if future.exception():  # a configuration that does not fit is a result too
                 error = future.exception()

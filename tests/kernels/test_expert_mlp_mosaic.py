@@ -16,7 +16,7 @@ from warpgroup import Space, Warpgroup, swizzled
 from pallas_kernels import QuantArray, Target, dequantize, expert_mlp, prepare_experts, quantize
 from pallas_kernels.expert_mlp.interleave import interleave
 from pallas_kernels.expert_mlp.mosaic_config import CONFIGS, SHARED_BYTES, Config, configs_for
-from pallas_kernels.expert_mlp.plan import Plan, plan, tile_count
+from pallas_kernels.expert_mlp.plan import Plan, place_count, plan, tile_count
 from pallas_kernels.expert_mlp.tiles import ExpertTiles, tile_order, to_tiles
 
 pytest.importorskip("triton")
@@ -61,13 +61,16 @@ def quantised(rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return np.asarray(tile_order(quant.values)), scales, np.asarray(dequantize(quant))
 
 
-def in_blocks(rows: int, order: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows of `quantised`: values and scales as `sorted_tile_quant` leaves them, and the numbers."""
+def in_places(rows: int, order: np.ndarray, place: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows of `quantised`: values and scales as `sorted_tile_quant` leaves them, and the numbers in order."""
     values, scales, numbers = (each[order] for each in quantised(rows))
-    room = ((0, 0), (0, sorting.padded(len(order)) - len(order)))
-    values = values.view(np.uint8).reshape(len(order), -1, 128).swapaxes(0, 1)
-    values = np.pad(values, (*room, (0, 0)), constant_values=0xFF).view(jnp.float8_e4m3fn)
-    return values, np.pad(scales.T, room, constant_values=np.nan), numbers
+    count = -(-int(place.max() + 257) // 4) * 4
+    stored = np.full((count, values.shape[1]), 0xFF, np.uint8)
+    stored[place] = values.view(np.uint8)
+    stored_scales = np.full((count, scales.shape[1]), np.nan, np.float32)
+    stored_scales[place] = scales
+    blocks = stored.reshape(count, -1, 128).swapaxes(0, 1).view(jnp.float8_e4m3fn)
+    return blocks, np.ascontiguousarray(stored_scales.T), numbers
 
 
 # --- a whole tile of tokens on warpgroups
@@ -87,7 +90,7 @@ def operand(number: Any) -> np.ndarray:
 
 
 def run_tile(config, shape, weight: ExpertTiles, planned: Plan, tile: int, values, scales, places) -> Any:
-    """What the consumers make of a tile of tokens, for all rows of its expert's weight.
+    """What the consumers make of a tile of tokens, for all rows of its expert's weight. Places are rows.
 
     The result, as the kernel returns it; what nobody wrote is not a number.
     """
@@ -105,7 +108,7 @@ def run_tile(config, shape, weight: ExpertTiles, planned: Plan, tile: int, value
     cut = config.cut(next(widths for widths in config.all_widths if count <= sum(widths)))
     turns = config.passes(gated)
     for row in range(0, shape.rows, config.rows * turns):
-        item = kernel.Item(tile, expert, row, start, count)
+        item = kernel.Item(tile, expert, row, start, start, count)
         shared = Space()
         groups = [Warpgroup(shared, memory) for _ in range(config.consumers)]
         staged = shared.place(np.zeros(1 << 16, np.uint8))
@@ -173,7 +176,8 @@ def planned_request(config, choices: int) -> tuple[Plan, int]:
     first, last = np.searchsorted(experts.reshape(-1)[order], [1, 2])
     start = first + (last - first) // config.tokens * config.tokens
     one = [np.asarray([number]) for number in (1, start, last)]
-    return Plan(order, np.argsort(order), *one, np.asarray([1]), np.zeros(1, int)), 0
+    row = np.argsort(order)
+    return Plan(order, row, row, *one, one[1], np.asarray([1]), np.zeros(1, int)), 0
 
 
 def rows_of(planned: Plan, tile: int, config) -> np.ndarray:
@@ -211,8 +215,8 @@ def gated(numbers: np.ndarray, gate: np.ndarray, up: np.ndarray, shares: np.ndar
 )
 def test_gate_and_up_are_what_their_definition_says(config, choices):
     (weight, gate, up), (planned, tile) = gate_and_up(), planned_request(config, choices)
-    shares = np.random.default_rng(2).uniform(size=planned.order.size).astype(np.float32)
-    values, scales, numbers = in_blocks(ROWS, planned.order // choices)
+    shares = np.random.default_rng(2).uniform(size=planned.order.size + 256).astype(np.float32)
+    values, scales, numbers = in_places(ROWS, planned.order // choices, np.arange(planned.order.size))
     shape = kernel.Shape(values.shape[1], 256, 256, LIMIT)
 
     found, found_scales = run_tile(config, shape, weight, planned, tile, values, scales, shares)
@@ -237,7 +241,7 @@ def test_gate_and_up_are_what_their_definition_says(config, choices):
 @pytest.mark.parametrize("config", CASES)
 def test_down_is_what_its_definition_says(config):
     (weight, weights), (planned, tile) = down(), planned_request(config, 1)
-    values, scales, numbers = in_blocks(ROWS, np.arange(ROWS))
+    values, scales, numbers = in_places(ROWS, np.arange(ROWS), np.arange(ROWS))
     shape, order = kernel.Shape(values.shape[1], 256, 256, None), planned.order
 
     found = run_tile(config, shape, weight, planned, tile, values, scales, order.astype(np.int32))
@@ -336,12 +340,13 @@ def test_every_tile_is_computed_once_from_its_own_operands(config, monkeypatch):
     w2 = down()[0]
     chosen = jnp.asarray([1] * 40 + [0] * 5 + [1] * 30, jnp.int32)[:, None]
     planned = plan(chosen, 3, config.tokens, implementation="reference")
-    values, scales, _ = (jnp.asarray(each) for each in in_blocks(ROWS, np.arange(75)))
+    place = np.asarray(planned.place)[planned.order]
+    values, scales, _ = (jnp.asarray(each) for each in in_places(ROWS, np.arange(75), place))
     arguments = (w2, values, scales, planned.order, planned)
 
     out = kernel.launch(*arguments, config=config, limit=None, interpret=plgpu.InterpretGPUParams())
 
-    numbers = (values.astype(jnp.float32) * scales[..., None])[:, :75]
+    numbers = (values.astype(jnp.float32) * scales[..., None])[:, place]
     weights = jax.vmap(jax.vmap(jax.vmap(plain_weight)))(w2.tiles) * w2.row_exponent.reshape(3, 4, 1, 64, 1)
     of_row = weights[chosen[planned.order, 0]]  # [R, 4, 2, 64, 128]
     expected = jnp.einsum("krc,rnkmc->rnm", numbers, of_row, precision="highest").reshape(75, 256)
@@ -360,7 +365,7 @@ def tiles_of(experts: int, rows: int, columns: int) -> ExpertTiles:
 
 def planned_shapes(rows: int, experts: int, tokens: int) -> Plan:
     tiles = tile_count(rows, experts, tokens)
-    sizes = (rows, rows, tiles, tiles, tiles, 1, tiles)
+    sizes = (rows, rows, rows, tiles, tiles, tiles, tiles, 1, tiles)
     return Plan(*(jax.ShapeDtypeStruct((size,), jnp.int32) for size in sizes))
 
 
@@ -376,7 +381,8 @@ def lowered(function: Any, *arguments: Any) -> str:
 @pytest.mark.parametrize(("experts", "hidden", "inner"), [(256, 4096, 2048), (384, 7168, 3072)])
 def test_the_kernels_lower_for_the_experts_of_flash_and_pro(experts, hidden, inner, tokens):
     rows, configs = tokens * 6, configs_for(tokens * 6, experts)
-    room = sorting.padded(rows)
+    planned = planned_shapes(rows, experts, configs.gate_up.tokens)
+    places = place_count(planned, experts, configs.gate_up.tokens)
 
     def both(w13, w2, x, scales, shares, planned):
         inner = kernel.launch(w13, x, scales, shares, planned, config=configs.gate_up, limit=LIMIT)
@@ -386,10 +392,10 @@ def test_the_kernels_lower_for_the_experts_of_flash_and_pro(experts, hidden, inn
         both,
         tiles_of(experts, 2 * inner, hidden),
         tiles_of(experts, hidden, inner),
-        jax.ShapeDtypeStruct((hidden // 128, room, 128), jnp.float8_e4m3fn),
-        jax.ShapeDtypeStruct((hidden // 128, room), jnp.float32),
-        jax.ShapeDtypeStruct((room,), jnp.float32),
-        planned_shapes(rows, experts, configs.gate_up.tokens),
+        jax.ShapeDtypeStruct((hidden // 128, places, 128), jnp.float8_e4m3fn),
+        jax.ShapeDtypeStruct((hidden // 128, places), jnp.float32),
+        jax.ShapeDtypeStruct((places,), jnp.float32),
+        planned,
     )
 
     assert text.count("@mosaic_gpu_v2") == 2
@@ -414,7 +420,8 @@ def test_the_kernel_that_sorts_compiles(blocks, arch):
     x = jax.ShapeDtypeStruct((300, 128 * blocks), jnp.bfloat16)
     weights = jax.ShapeDtypeStruct((300, 6), jnp.float32)
 
-    (launch,) = triton_call.launches(sorting.sorted_tile_quant, x, planned_shapes(1800, 8, 64), weights)
+    run = functools.partial(sorting.sorted_tile_quant, places=2000)
+    (launch,) = triton_call.launches(run, x, planned_shapes(1800, 8, 64), weights)
 
     assert triton_call.compile_offline(launch, arch).code[:4] == b"\x7fELF"
 
@@ -428,13 +435,14 @@ def test_sorting_quantises_as_the_definition_does_at_the_edges():
     chosen = jax.lax.top_k(jax.random.uniform(jax.random.key(1), (129, 8)), 3)[1]
     planned = plan(chosen, 8, 16, implementation="reference")
 
-    values, scales, shares = sorting.sorted_tile_quant(x, planned, weights)
+    values, scales, shares = sorting.sorted_tile_quant(x, planned, weights, place_count(planned, 8, 16))
 
-    expected_values, expected_scales, _ = in_blocks(129, np.asarray(planned.order) // 3)
-    rows = weights.size
-    np.testing.assert_array_equal(np.float32(values[:, :rows]), np.float32(expected_values[:, :rows]))
-    np.testing.assert_array_equal(scales[:, :rows], expected_scales[:, :rows])
-    np.testing.assert_array_equal(shares[:rows], weights.reshape(-1)[planned.order])
+    order = np.asarray(planned.order)
+    place = np.asarray(planned.place)[order]
+    expected_values, expected_scales, _ = in_places(129, order // 3, place)
+    np.testing.assert_array_equal(np.float32(values[:, place]), np.float32(expected_values[:, place]))
+    np.testing.assert_array_equal(scales[:, place], expected_scales[:, place])
+    np.testing.assert_array_equal(shares[place], weights.reshape(-1)[order])
 
 
 def assert_right(found: jax.Array, expected: jax.Array) -> None:

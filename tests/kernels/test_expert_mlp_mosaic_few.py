@@ -65,7 +65,7 @@ def run_item(config, shape, weight, exponents, item, x, order, weights, result: 
         more |= {"count": operand(item.real), "start": operand(item.start)}
         more |= addresses(found, at, np.uint64)
         for first in range(0, item.real * each, kernel.ptx.TOGETHER):
-            text = kernel.ptx.load_ptx(config, shape.columns, shape.choices)
+            text = kernel.ptx.load_ptx(config, shape.columns, shape.activations)
             warpgroup.run(text, more | {"number": operand(first)})
         sums = [f"sum{n}" for n in range(config.places // 2)]
         operands = {name: np.zeros(128, np.float32) for name in sums}
@@ -155,7 +155,7 @@ def test_gate_and_up_are_what_their_definition_says(config, real):
 def test_down_is_what_its_definition_says(config, real):
     (*_, weight, down), (inner, numbers), start = weights(), activations(config.terms), 5
     order = np.random.default_rng(3).permutation(32).astype(np.int32)
-    shape = kernel.Shape(128, 1024, None, None, (8, 24))
+    shape = kernel.Shape(128, 1024, "sorted", None, (8, 24))
     item = kernel.Item(2, 1, 64, start, real)
     result = np.full((32, 128), 0xFFFF, np.uint16)
     arguments = (weight.tiles, weight.row_exponent, item, inner, order, np.zeros(1, np.float32), result)
@@ -191,7 +191,8 @@ def plain_load(config, shape, refs: Any, item, group: jax.Array) -> None:
 
         @pl.when(token < item.real)
         def _(token: int = token) -> None:
-            row = item.start + token if shape.choices is None else order[item.start + token] // shape.choices
+            rows = shape.activations
+            row = item.start + token if rows == "sorted" else order[item.start + token] // rows
             for block in range(each):
                 at = (block // config.blocks * 4 + group) * config.blocks + block % config.blocks
                 number = x[row, pl.ds(at * 128, 1)].astype(jnp.float32)
