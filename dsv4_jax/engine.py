@@ -31,6 +31,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from dsv4_jax.cache import Cache, LayerCache, make_cache
 from dsv4_jax.checkpoint.load import LoadedModel
+from dsv4_jax.compiles import count_compiles
 from dsv4_jax.config import Config
 from dsv4_jax.decode import (
     FREE,
@@ -52,12 +53,13 @@ from dsv4_jax.model import Params, bind
 from dsv4_jax.mtp import bind_mtp, make_mtp_cache
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.prefix import PrefixCache, PromptState, put_block, take_block
-from dsv4_jax.sampling import SamplingParams
+from dsv4_jax.sampling import KINDS, SamplingParams
 from dsv4_jax.sharding import constrain
 from pallas_kernels.dispatch import choose
 
 # Tokens of a prompt that are read at once: as many of these as are left of it, or the fewest.
 PIECES = (32, 128, 512)
+MOST_WARM_UPS = 4
 FinishReason = Literal["stop", "length", "error", "cancelled"]
 
 
@@ -231,7 +233,7 @@ class Engine:
             decoding = {slot: each for slot, each in self._running.items() if not each.reading}
             if decoding:
                 self._tell(decoding.values())
-                self._flying = self._decode(), decoding
+                self._flying = self._decode(self._asked(decoding.values())), decoding
                 self.steps += 1
             if landed is not None:
                 events += self._events(*landed)
@@ -243,30 +245,39 @@ class Engine:
             yield from self.step()
 
     def warm_up(self) -> None:
-        """Compiles everything that serving will need: each size of a piece, and the decode step.
+        """Compiles everything that serving will need: each size of a piece, and a step of each kind.
 
         Raises:
           RequestError: requests are under way.
         """
         if self.busy:
             raise RequestError("warm_up needs an engine without requests")
-        for piece in self._pieces:
-            length = min(piece, self.max_len - 2)
-            self.add([0] * length, SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True))
+        # On a mesh a program may be compiled once more for what another one has left behind.
+        for _ in range(MOST_WARM_UPS):
+            with count_compiles() as compiles:
+                self._try_everything()
+            if not compiles.count:
+                break
+
+    # --- inside
+
+    def _try_everything(self) -> None:
+        greedy = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
+        drawn, cut = (dataclasses.replace(greedy, temperature=1.0, top_k=count) for count in (0, 1))
+        asked = [([0] * min(piece, self.max_len - 2), greedy, ()) for piece in self._pieces]
+        for ids, sampling, forced in [*asked, ([0], drawn, [0, 0]), ([0], cut, ())]:
+            self.add(ids, sampling, forced)
             for _ in self.run():
                 pass
-        self.add([0], SamplingParams(max_tokens=2, ignore_eos=True), forced=[0, 0])
+        number = self.add([0], drawn)
+        self.step()
+        self.cancel(number)
         for _ in self.run():
             pass
-        number = self.add([0], SamplingParams(max_tokens=1))
-        self.cancel(number)
-        self.step()
         if self._prefix is not None:
             self._prefix.clear()
             with self._context():
                 self._put_block(self._take_block(0, 0), 0, 0)
-
-    # --- inside
 
     @property
     def _static(self) -> tuple[Config, Numerics]:
@@ -380,8 +391,9 @@ class Engine:
         self._tell([request])
         place = np.array([slot, len(request.ids)], np.int32)
         last = _read_out(*self._static, self._params[0], self._last, np.int32(slot))
+        asked = self._asked([request])
         added, self._sequences = _begin(
-            *self._static, self.draft_tokens, self._params, self._requests, self._sequences, last, place
+            *self._static, self.draft_tokens, self._params, asked, self._sequences, last, place
         )
         return self._events(added, {0: request}, drafted=0)
 
@@ -393,7 +405,13 @@ class Engine:
         head, last = _follow(*self._static, self._params, behind, streams, ids, numbers)
         self._state = PromptState(Caches(main, head), last)
 
-    def _decode(self) -> Added:
+    def _asked(self, requests: Iterable[_Request]) -> Requests:
+        """What all rows ask for, said to be no more than these do: the others' tokens do not matter."""
+        kind = max((request.sampling.kind for request in requests), key=KINDS.index)
+        sampling = dataclasses.replace(self._requests.sampling, kind=kind)
+        return dataclasses.replace(self._requests, sampling=sampling)
+
+    def _decode(self, asked: Requests) -> Added:
         """Reads the newest token and the drafts of every row, and lets what follows from that come next."""
         now = self._sequences
         found, main, head = [], now.caches.main, now.caches.head
@@ -402,7 +420,7 @@ class Engine:
             what, main = _read(*self._static, self._params[0], ids, position, reads, main)
             found.append(what)
         now = dataclasses.replace(now, caches=Caches(main, head))
-        added, self._sequences = _advance(*self._static, self._params, self._requests, now, found)
+        added, self._sequences = _advance(*self._static, self._params, asked, now, found)
         return added
 
     def _tell(self, requests: Iterable[_Request]) -> None:

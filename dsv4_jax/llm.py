@@ -1,16 +1,18 @@
 """Text or token ids in, text and token ids out: the model with its tokenizer and its engine."""
 
+import collections
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from dsv4_jax.chat import Completion, Effort, Release, encode_chat, parse_completion
 from dsv4_jax.checkpoint.load import LoadedModel, Verify, load
 from dsv4_jax.checkpoint.names import parameters
 from dsv4_jax.compiles import count_compiles
@@ -22,17 +24,19 @@ from dsv4_jax.numerics import OFFICIAL, Numerics
 from dsv4_jax.prompts import check_prompt
 from dsv4_jax.sampling import SamplingParams
 from dsv4_jax.sharding import parameter_sharding
+from dsv4_jax.stops import AnswerText
 from dsv4_jax.tokenizer import Tokenizer
 from pallas_kernels.dispatch import parse_choice
 
 SHORTEST_CACHE = 128  # room in the caches is a power of two from here on, so that few programs serve all
 
-Prompt = str | Sequence[int]
+Messages = Sequence[Mapping[str, Any]]
+Prompt = str | Sequence[int] | Messages
 
 
 @dataclasses.dataclass(frozen=True)
 class Timings:
-    """How long a batch took; all of its requests share one of these.
+    """How long a batch took, so far or as a whole; the requests of one batch share one of these.
 
     Attributes:
       seconds: from the first prompt in to the last token out.
@@ -59,12 +63,18 @@ class GenerationOutput:
     Attributes:
       prompt_token_ids: the prompt as the model read it.
       token_ids: the answer, with the EOS that ended it.
-      text: the answer as text, without EOS; None if the folder has no tokenizer.
+      text: the answer as text, without EOS and stop string; None if the folder has no tokenizer.
       logprobs: of each token of the answer under the model; None if not asked for.
       logprob_sum: of the whole answer.
-      finish_reason: "stop" at an EOS, "length" at max_tokens, "error" where logits were not finite.
+      finish_reason: "stop" at an EOS or a stop string, "length" at max_tokens, "error" where logits were not
+        finite.
+      stop_string: the one that ended it; its tokens are in `token_ids`.
       drafted: tokens that the MTP head drafted for it.
       accepted: tokens of the answer that were such drafts.
+      accepted_at: in how many steps the first draft stood, the second, and so on; empty without drafts.
+      draft_steps: steps that had drafts.
+      first_token_seconds: from when it got a slot to its first token; compiling left out.
+      seconds: from when it got a slot to its last token, likewise.
       timings: of the batch it was in.
     """
 
@@ -74,9 +84,22 @@ class GenerationOutput:
     logprobs: list[float] | None
     logprob_sum: float
     finish_reason: FinishReason
+    stop_string: str | None
     drafted: int
     accepted: int
+    accepted_at: tuple[int, ...]
+    draft_steps: int
+    first_token_seconds: float
+    seconds: float
     timings: Timings
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatOutput:
+    """The answer to a conversation: what was said, and how it was generated."""
+
+    completion: Completion
+    generation: GenerationOutput
 
 
 class LLM:
@@ -182,8 +205,8 @@ class LLM:
         With `invariant` it does not depend on them at all.
 
         Args:
-          prompts: a text, a list of token ids, or a list of either. Texts are raw: no chat template and no
-            beginning-of-sentence token is added.
+          prompts: a text, a list of token ids, a conversation as a list of messages, or a list of these.
+            Texts are raw: no chat template and no beginning-of-sentence token is added.
           sampling: for all prompts, or one for each.
           names: how an error speaks of each prompt; "prompt 0" and so on by default.
 
@@ -202,20 +225,89 @@ class LLM:
             (self._token_ids(prompt, params, name), params)
             for prompt, params, name in zip(prompts, sampling, names, strict=True)
         ]
-        collected = [_Collected([], [], None, 0, 0) for _ in requests]
-        started = time.perf_counter()
-        with count_compiles() as compiles:
-            for place, event in self._run(requests):
-                collected[place].take(event)
-        seconds = time.perf_counter() - started
-        tokens = sum(len(each.token_ids) for each in collected)
-        timings = Timings(seconds, min(compiles.seconds, seconds), compiles.count, tokens)
-        pairs = zip(requests, collected, strict=True)
-        return [self._output(request, found, timings) for request, found in pairs]
+        found = dict(self._answers(requests))
+        timings = next(reversed(found.values())).timings  # of the last, and so of the whole batch
+        return [dataclasses.replace(found[place], timings=timings) for place in range(len(requests))]
+
+    def each(
+        self, requests: Sequence[tuple[list[int], SamplingParams]], room: tuple[int, int]
+    ) -> Iterator[tuple[int, GenerationOutput]]:
+        """Answers with the places of their requests, each as soon as it is there; for long runs.
+
+        Args:
+          requests: token ids as `encode` gives them, with their sampling parameters.
+          room: slots and tokens in each, whatever is asked now. A request's bits are those of every other run
+            with the same room, whichever requests share it.
+        """
+        slots, longest = room
+        if self._engine is None or (self._engine.slots, self._engine.max_len) != room:
+            self._engine = self._new_engine(slots, longest)
+        return self._answers(requests)
+
+    def encode(
+        self, prompt: Prompt, sampling: SamplingParams, name: str = "prompt", **chat: Any
+    ) -> list[int]:
+        """Token ids of a prompt, if it can be served.
+
+        Args:
+          chat: what else `encode_chat` is to know of messages.
+
+        Raises:
+          RequestError: it cannot; the message begins with `name`.
+        """
+        return self._token_ids(prompt, sampling, name, **chat)
+
+    def room_for(self, requests: Sequence[tuple[list[int], SamplingParams]]) -> tuple[int, int]:
+        """Slots for these requests, up to `max_batch`, and tokens for the longest, as powers of two."""
+        longest = max(len(ids) + params.max_tokens for ids, params in requests)
+        slots = min(_power_of_two(len(requests), 1), self.max_batch)
+        return slots, min(_power_of_two(longest, SHORTEST_CACHE), self._most[1])
+
+    def chat(
+        self,
+        messages: Messages,
+        sampling: SamplingParams | None = None,
+        *,
+        tools: Messages = (),
+        thinking: bool = False,
+        effort: Effort = "auto",
+    ) -> ChatOutput:
+        """Answers a conversation; arguments as of `encode_chat`.
+
+        Raises:
+          RequestError: a message is not one, or the last is the assistant's and has no `"prefix": true`.
+        """
+        ids = self.encode_chat(messages, tools=tools, thinking=thinking, effort=effort)
+        output = self.generate(ids, sampling)[0]
+        assert self.tokenizer is not None
+        answer = output.token_ids
+        stage = None
+        if messages[-1].get("prefix"):
+            stage = "content" if messages[-1].get("content") else "reasoning"
+        completion = parse_completion(self.tokenizer, answer, thinking=thinking, stage=stage)
+        if output.stop_string is not None:
+            content = completion.content.partition(output.stop_string)[0]
+            completion = dataclasses.replace(completion, content=content)
+        return ChatOutput(completion, output)
+
+    def encode_chat(
+        self, messages: Messages, *, tools: Messages = (), thinking: bool = False, effort: Effort = "auto"
+    ) -> list[int]:
+        """Token ids of a conversation that the model is to answer; see `chat.encode_chat`.
+
+        Raises:
+          RequestError: a message is not one, or the last is the assistant's and has no `"prefix": true`.
+        """
+        return self._chat_ids(messages, "messages", tools=tools, thinking=thinking, effort=effort)
+
+    @property
+    def release(self) -> Release:
+        """Which of the released chat encoders the checkpoint came with."""
+        return "later" if self.model.config.draft == "dspark" else "first"
 
     def stream(
         self, prompt: Prompt, sampling: SamplingParams | None = None, *, name: str = "prompt"
-    ) -> Iterator[Event]:
+    ) -> Generator[Event]:
         """Continues one prompt and gives each step's tokens as they come; the last event has a finish_reason.
 
         Whoever stops listening ends the request. Until then nothing else can be asked of this `LLM`; an
@@ -228,7 +320,7 @@ class LLM:
         request = self._token_ids(prompt, sampling, name), sampling
         return (event for _, event in self._run([request]))
 
-    def score(self, ids: Sequence[int], start: int = 1) -> list[float]:
+    def score(self, ids: str | Sequence[int], start: int = 1) -> list[float]:
         """Log-probabilities, in nats, of `ids[start:]`, each after all tokens before it.
 
         Tokens before `start` are read as a prompt, those after one at a time, by the very programs that
@@ -238,6 +330,8 @@ class LLM:
         Raises:
           RequestError: the tokens cannot be served, or nothing lies before or after `start`.
         """
+        if isinstance(ids, str):
+            ids = self._token_ids(ids, SamplingParams(max_tokens=1), "the text")
         if not 1 <= start < len(ids):
             raise RequestError(f"start must be in [1, {len(ids) - 1}] for {len(ids)} tokens, got {start}.")
         sampling = SamplingParams(max_tokens=len(ids) - start, temperature=0.0, ignore_eos=True)
@@ -258,28 +352,69 @@ class LLM:
         self._engine = self._new_engine(*self._most)
         self._engine.warm_up()
 
+    def _answers(
+        self, requests: Sequence[tuple[list[int], SamplingParams]]
+    ) -> Iterator[tuple[int, GenerationOutput]]:
+        """Each answer, with its request's place, as soon as it is there."""
+        collected: dict[int, _Collected] = collections.defaultdict(_Collected)
+        started, tokens = time.perf_counter(), 0
+        with count_compiles() as compiles:
+
+            def clock() -> float:  # stands still while something is compiled
+                return time.perf_counter() - compiles.seconds
+
+            for one, event in self._run(requests, clock=clock):
+                found = collected[one.place]
+                found.take(event, clock())
+                tokens += len(event.token_ids)
+                if event.finish_reason is not None:
+                    del collected[one.place]
+                    seconds = time.perf_counter() - started
+                    timings = Timings(seconds, min(compiles.seconds, seconds), compiles.count, tokens)
+                    yield one.place, self._output(requests[one.place], one, found, timings)
+
     def _run(
-        self, requests: Sequence[tuple[list[int], SamplingParams]], forced: Sequence[int] = ()
-    ) -> Iterator[tuple[int, Event]]:
-        """The events of these requests, each with its request's place; `forced` as in `Engine.add`."""
+        self,
+        requests: Sequence[tuple[list[int], SamplingParams]],
+        forced: Sequence[int] = (),
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> Iterator[tuple["_Asked", Event]]:
+        """The events of these requests, each with what was asked; `forced` as in `Engine.add`."""
         if self._engine is not None and self._engine.busy:
             raise RequestError("a stream is under way", hint="read it to its end or close it first")
         engine = self._engine_for(requests)
-        places = {engine.add(ids, params, forced): place for place, (ids, params) in enumerate(requests)}
+        waiting = collections.deque(enumerate(requests))
+        asked: dict[int, _Asked] = {}  # those under way, by the engine's number
         try:
-            for event in engine.run():
-                yield places[event.request], event
+            while waiting or engine.busy:
+                while waiting and len(asked) < engine.slots:
+                    place, (ids, params) = waiting.popleft()
+                    number = engine.add(ids, params, forced)
+                    # A prompt with stop strings has been refused where there is no tokenizer.
+                    stop = AnswerText(self.tokenizer, params.stop) if self.tokenizer and params.stop else None
+                    asked[number] = _Asked(place, clock(), stop)
+                for event in engine.step():
+                    one = asked.get(event.request)
+                    if one is None:
+                        continue  # it has ended at a stop string
+                    if one.stop and (count := _until(one.stop, event.token_ids)) is not None:
+                        if event.finish_reason is None:
+                            engine.cancel(event.request)
+                        event = _ended(event, count)
+                    if event.finish_reason is not None:
+                        del asked[event.request]
+                    yield one, event
         finally:
-            if engine.busy:  # interrupted, or nobody listens any more: its slots are in the middle of this
+            if asked:  # interrupted, or nobody listens any more: its slots are in the middle of this
                 self._engine = None
+            else:
+                collections.deque(engine.run(), maxlen=0)  # what the engine says of those that stopped
 
     def _engine_for(self, requests: Sequence[tuple[list[int], SamplingParams]]) -> Engine:
         """With a slot for each of these, up to `max_batch`, and room for the longest; kept for the next."""
-        longest = max(len(ids) + params.max_tokens for ids, params in requests)
-        slots = min(_power_of_two(len(requests), 1), self.max_batch)
+        slots, longest = self.room_for(requests)
         if self._engine is None or self._engine.slots < slots or self._engine.max_len < longest:
-            room = slots, min(_power_of_two(longest, SHORTEST_CACHE), self._most[1])
-            self._engine = self._new_engine(*(self._most if self.invariant else room))
+            self._engine = self._new_engine(*(self._most if self.invariant else (slots, longest)))
         return self._engine
 
     @property
@@ -300,13 +435,19 @@ class LLM:
             invariant=self.invariant,
         )
 
-    def _token_ids(self, prompt: Any, params: SamplingParams, name: str) -> list[int]:
+    def _token_ids(self, prompt: Any, params: SamplingParams, name: str, **chat: Any) -> list[int]:
+        if params.stop and self.tokenizer is None:
+            raise RequestError(f"{name} has stop strings, and the checkpoint has no tokenizer.json")
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise RequestError(
                     f"{name} is text, and the checkpoint has no tokenizer.json", hint="give token ids"
                 )
+            if not prompt:
+                raise RequestError(f"{name} is empty", hint="give at least one character")
             prompt = self.tokenizer.encode(prompt)
+        elif _is_conversation(prompt):
+            prompt = self._chat_ids(prompt, name, **chat)
         return check_prompt(
             prompt,
             vocab_size=self.model.config.vocab_size,
@@ -315,41 +456,111 @@ class LLM:
             name=name,
         )
 
+    def _chat_ids(self, messages: Messages, where: str, **how: Any) -> list[int]:
+        if self.tokenizer is None:
+            raise RequestError(
+                f"{where}: chat needs a tokenizer, and the checkpoint has no tokenizer.json",
+                hint="take the tokenizer.json of the same checkpoint",
+            )
+        ids = encode_chat(self.tokenizer, messages, release=self.release, where=where, **how)
+        if messages[-1]["role"] == "assistant" and not messages[-1].get("prefix"):
+            raise RequestError(
+                f"{where}: the last message is the assistant's, so there is nothing to answer",
+                hint='"prefix": true lets the answer go on where it ends',
+            )
+        return ids
+
     def _output(
-        self, request: tuple[list[int], SamplingParams], found: "_Collected", timings: Timings
+        self,
+        request: tuple[list[int], SamplingParams],
+        one: "_Asked",
+        found: "_Collected",
+        timings: Timings,
     ) -> GenerationOutput:
         prompt, params = request
         assert found.finish_reason is not None
-        shown = found.token_ids[:-1] if found.finish_reason == "stop" else found.token_ids
+        at_eos = found.finish_reason == "stop" and found.token_ids[-1] == self.model.config.eos_token_id
+        text = None
+        if self.tokenizer:
+            read = AnswerText(self.tokenizer, params.stop)
+            text = read.put(found.token_ids[:-1] if at_eos else found.token_ids) + read.end()
         return GenerationOutput(
             prompt_token_ids=prompt,
             token_ids=found.token_ids,
-            text=self.tokenizer.decode(shown) if self.tokenizer else None,
+            text=text,
             logprobs=found.logprobs if params.logprobs else None,
             logprob_sum=float(sum(found.logprobs)),
             finish_reason=found.finish_reason,
+            stop_string=one.stop.found if one.stop else None,
             drafted=found.drafted,
             accepted=found.accepted,
+            accepted_at=tuple(found.accepted_at),
+            draft_steps=found.draft_steps,
+            first_token_seconds=found.first_at - one.started,
+            seconds=found.last_at - one.started,
             timings=timings,
         )
+
+
+class _Asked(NamedTuple):
+    """A request under way."""
+
+    place: int
+    started: float  # when it was given to the engine, which has a slot for it
+    stop: AnswerText | None  # what it has said so far, if that may end it
 
 
 @dataclasses.dataclass
 class _Collected:
     """What the events of one request brought so far."""
 
-    token_ids: list[int]
-    logprobs: list[float]
-    finish_reason: FinishReason | None
-    drafted: int
-    accepted: int
+    token_ids: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[float] = dataclasses.field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    drafted: int = 0
+    accepted: int = 0
+    accepted_at: list[int] = dataclasses.field(default_factory=list)
+    draft_steps: int = 0
+    first_at: float = 0.0
+    last_at: float = 0.0
 
-    def take(self, event: Event) -> None:
+    def take(self, event: Event, now: float) -> None:
+        self.last_at = now
+        self.first_at = self.first_at or now
         self.token_ids += event.token_ids
         self.logprobs += event.logprobs
         self.finish_reason = event.finish_reason
         self.drafted += event.drafted
         self.accepted += event.accepted
+        if event.drafted:
+            self.draft_steps += 1
+            self.accepted_at += [0] * (event.drafted - len(self.accepted_at))
+            for place in range(event.accepted):
+                self.accepted_at[place] += 1
+
+
+def _until(text: AnswerText, ids: Sequence[int]) -> int | None:
+    """How many of these tokens an answer has, if one of them completes a stop string; else None."""
+    for place, id in enumerate(ids):
+        text.put([id])
+        if text.found is not None:
+            return place + 1
+    return None
+
+
+def _ended(event: Event, count: int) -> Event:
+    """The event, ended after so many of its tokens."""
+    return dataclasses.replace(
+        event,
+        token_ids=event.token_ids[:count],
+        logprobs=event.logprobs[:count],
+        finish_reason="stop",
+        accepted=min(event.accepted, count),
+    )
+
+
+def _is_conversation(prompt: Any) -> bool:
+    return isinstance(prompt, list | tuple) and bool(prompt) and isinstance(prompt[0], Mapping)
 
 
 def _check_implementation(implementation: str | None) -> None:

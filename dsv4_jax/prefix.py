@@ -166,7 +166,7 @@ def _rows(
     again.
     """
     match jax.tree_util.keystr(path, simple=True, separator="/").split("/"):
-        case ["caches", "main", layer, _, "entries"]:
+        case ["caches", "main", layer, _, "entries", *_]:
             ratio = config.main_ratios[int(layer)]
             return number * tokens // ratio, min(-(-tokens // ratio), slots)
         case ["caches", "main", layer, _, "kv" | "score", _]:

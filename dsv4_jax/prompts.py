@@ -1,27 +1,30 @@
-"""Prompts in, rows out: the checks on a prompt of token ids, and files of JSON lines.
+"""Prompts in: the checks on a prompt of token ids, and files of JSON lines.
 
-A prompt file has one object a line, either text or token ids, with sampling parameters of its own if need be:
+A prompt file has one object a line, with text, token ids or messages, and sampling parameters of its own if
+need be:
 
     {"id": "a", "prompt": "Once upon a time"}
     {"id": "b", "tokens": [0, 671, 6102], "max_tokens": 32, "temperature": 0}
+    {"id": "c", "messages": [{"role": "user", "content": "Hello"}], "thinking": true}
 """
 
-import contextlib
 import dataclasses
 import json
-import os
 import reprlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
-from dsv4_jax.errors import EXIT_BAD_DATA, EXIT_NO_INPUT, OutputError, RequestError
+from dsv4_jax.chat import Effort, read_messages
+from dsv4_jax.errors import EXIT_BAD_DATA, EXIT_NO_INPUT, RequestError
 from dsv4_jax.sampling import SamplingParams
 
 # What a row may set for itself; anything else in it is taken for a slip of the pen.
-SAMPLING_KEYS = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "ignore_eos")
-_KEYS = ("id", "prompt", "tokens", *SAMPLING_KEYS)
+SAMPLING_KEYS = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "ignore_eos", "stop")
+CHAT_KEYS = ("tools", "thinking", "effort")  # of a row with messages, as `encode_chat` takes them
+PROMPT_KEYS = ("prompt", "tokens", "messages")
+_KEYS = ("id", *PROMPT_KEYS, *SAMPLING_KEYS, *CHAT_KEYS)
 
 
 def check_prompt(
@@ -61,37 +64,38 @@ class PromptRow:
     """One line of a prompt file."""
 
     id: str | int  # the line number where the line names none
-    prompt: str | list[int]  # text, or token ids not yet checked against a vocabulary
+    prompt: str | list[int] | list[Mapping[str, Any]]  # text, token ids of any vocabulary, or messages
     overrides: dict[str, Any]  # sampling parameters that the line sets, each in its range
     where: str  # "file:line", for errors
+    chat: dict[str, Any] = dataclasses.field(default_factory=dict)  # of messages: what `encode_chat` takes
 
     def sampling(self, defaults: SamplingParams) -> SamplingParams:
         """`defaults`, but for what the line sets."""
         return dataclasses.replace(defaults, **self.overrides)
 
 
-def read_prompts(path: str | Path) -> list[PromptRow]:
+def read_prompts(path: str | Path, bad: Callable[[RequestError], None] | None = None) -> list[PromptRow]:
     """Reads a prompt file: UTF-8, with or without byte-order mark; blank lines are skipped.
+
+    Args:
+      bad: is told of each line that is not a prompt, which is then left aside; by default it is raised.
 
     Raises:
       RequestError: the file cannot be read (exit code 66), or a line is not a prompt (65), by line number.
     """
     path = Path(path)
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        message = f"prompt file {path} cannot be read: {error.strerror}"
-        raise RequestError(message, exit_code=EXIT_NO_INPUT) from error
-
     rows: list[PromptRow] = []
     line_of_id: dict[str | int, int] = {}
-    # Split as bytes: str.splitlines would also break at U+2028, which JSON allows inside a string.
-    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if not line.strip():
+    for number, raw in json_rows(path, "prompt file", bad):
+        try:
+            row = parse_prompt(raw, number, f"{path}:{number}")
+            if row.id in line_of_id:
+                _malformed(row.where, f"id {row.id!r} is already that of line {line_of_id[row.id]}")
+        except RequestError as error:
+            if bad is None:
+                raise
+            bad(error)
             continue
-        row = _parse(line, number, f"{path}:{number}")
-        if row.id in line_of_id:
-            _malformed(row.where, f"id {row.id!r} is already that of line {line_of_id[row.id]}")
         line_of_id[row.id] = number
         rows.append(row)
     if not rows:
@@ -99,45 +103,34 @@ def read_prompts(path: str | Path) -> list[PromptRow]:
     return rows
 
 
-def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Writes one JSON object a line. A file already there is replaced at the end, whole, or not at all.
-
-    The folder is tried before the first row is taken, so `rows` may be a generator that works for hours.
+def json_rows(
+    path: Path, what: str, bad: Callable[[RequestError], None] | None = None
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a file of JSON lines, with the numbers of their lines.
 
     Raises:
-      OutputError: the folder is missing, read-only or full, or `path` is not an ordinary file.
+      RequestError: as `read_prompts`; `what` is how it speaks of the file.
     """
-    target = Path(path).resolve()  # so that a symbolic link stays one
-    # In the same folder, since a rename is atomic only within one file system.
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    with _writing(path):
-        if target.exists() and not target.is_file():
-            raise OutputError(f"{path} is not an ordinary file", hint="name a file to write")
-        unfinished.touch()
     try:
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        with _writing(path):
-            with unfinished.open("w", encoding="utf-8", newline="\n") as file:
-                file.write(lines)
-                file.flush()
-                os.fsync(file.fileno())
-            unfinished.replace(target)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _writing(path: str | Path) -> Iterator[None]:
-    try:
-        yield
+        data = path.read_bytes()
     except OSError as error:
-        raise OutputError(
-            f"{path} cannot be written: {error.strerror}",
-            hint="name a folder that exists, is writable and has room",
-        ) from error
+        message = f"{what} {path} cannot be read: {error.strerror}"
+        raise RequestError(message, exit_code=EXIT_NO_INPUT) from error
+    # Split as bytes: str.splitlines would also break at U+2028, which JSON allows inside a string.
+    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = _json_object(line, f"{path}:{number}")
+        except RequestError as error:
+            if bad is None:
+                raise
+            bad(error)
+            continue
+        yield number, row
 
 
-def _parse(line: bytes, number: int, where: str) -> PromptRow:
+def _json_object(line: bytes, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line.decode())
         json.dumps(row, ensure_ascii=False).encode()  # an escape can still spell half a surrogate pair
@@ -149,10 +142,21 @@ def _parse(line: bytes, number: int, where: str) -> PromptRow:
         _malformed(where, f"is not JSON: {error}")
     if not isinstance(row, dict):
         _malformed(where, f"is not an object but {_kind(row)}", 'such as {"prompt": "Hello"}')
+    return row
+
+
+def parse_prompt(row: dict[str, Any], number: int, where: str) -> PromptRow:
+    """What an object of line `number` asks.
+
+    Raises:
+      RequestError: it is not a prompt (65).
+    """
     if unknown := [key for key in row if key not in _KEYS]:
         _malformed(where, f"unknown key {unknown[0]!r}", f"known are {', '.join(_KEYS)}")
-    if ("prompt" in row) == ("tokens" in row):
-        _malformed(where, 'must have either "prompt" or "tokens"')
+    if sum(key in row for key in PROMPT_KEYS) != 1:
+        _malformed(where, 'must have either "prompt" or "tokens" or "messages"')
+    if "messages" not in row and (strange := [key for key in CHAT_KEYS if key in row]):
+        _malformed(where, f'{strange[0]!r} goes with "messages"')
 
     row_id = row.get("id", number)
     if not isinstance(row_id, str | int) or isinstance(row_id, bool):
@@ -160,10 +164,24 @@ def _parse(line: bytes, number: int, where: str) -> PromptRow:
     overrides = {key: row[key] for key in SAMPLING_KEYS if key in row}
     try:
         SamplingParams(**overrides)
-        prompt = _token_ids(row["tokens"], "tokens") if "tokens" in row else _text(row["prompt"])
+        prompt, chat = _prompt(row)
     except RequestError as error:
         _malformed(where, error.message, error.hint)
-    return PromptRow(id=row_id, prompt=prompt, overrides=overrides, where=where)
+    return PromptRow(id=row_id, prompt=prompt, overrides=overrides, where=where, chat=chat)
+
+
+def _prompt(row: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    if "tokens" in row:
+        return _token_ids(row["tokens"], "tokens"), {}
+    if "prompt" in row:
+        return _text(row["prompt"]), {}
+    chat = {key: row[key] for key in CHAT_KEYS if key in row}
+    if not isinstance(chat.get("thinking", False), bool):
+        raise RequestError(f"thinking must be true or false, got {_kind(chat['thinking'])}")
+    if chat.get("effort", "auto") not in get_args(Effort):
+        raise RequestError(f"effort must be one of {', '.join(get_args(Effort))}, got {chat['effort']!r}")
+    read_messages(row["messages"], chat.get("tools", ()))
+    return row["messages"], chat
 
 
 def _text(prompt: Any) -> str:

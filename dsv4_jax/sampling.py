@@ -16,6 +16,10 @@ from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
 from dsv4_jax.errors import RequestError
 
+# What rows ask for, from the least work to the most: the most likely token, a draw, a draw after cuts.
+KINDS = ("greedy", "whole", "cut")
+Kind = Literal["greedy", "whole", "cut"]
+
 # Below the smallest normal float32 a division may flush to zero, so such a temperature counts as 0.
 LOWEST_TEMPERATURE = float(np.finfo(np.float32).tiny)
 HIGHEST_TEMPERATURE = float(np.finfo(np.float32).max)
@@ -49,8 +53,10 @@ class SamplingParams:
     seed: int = 0
     ignore_eos: bool = False  # go on to max_tokens past an end-of-sentence token
     logprobs: bool = False  # list the log-probability of each generated token in the output
+    stop: tuple[str, ...] = ()  # texts that end the answer, which is cut before them
 
     def __post_init__(self):
+        object.__setattr__(self, "stop", _stop_strings(self.stop))
         for name, (kind, holds, wanted) in _RANGES.items():
             value = getattr(self, name)
             # bool is a subclass of int, but max_tokens=True is a mistake.
@@ -58,17 +64,37 @@ class SamplingParams:
             if not right_kind or not holds(value):
                 raise RequestError(f"{name} must be {wanted}, got {value!r}.")
 
+    @property
+    def kind(self) -> Kind:
+        """What the sampler has to do for it."""
+        if self.temperature < LOWEST_TEMPERATURE:
+            return "greedy"
+        return "cut" if self.top_k > 0 or self.top_p < 1 or self.min_p > 0 else "whole"
+
+
+def _stop_strings(stop: Any) -> tuple[str, ...]:
+    strings = (stop,) if isinstance(stop, str) else stop
+    if not isinstance(strings, list | tuple) or not all(isinstance(each, str) and each for each in strings):
+        raise RequestError(f"stop must be texts that are not empty, got {stop!r}.")
+    return tuple(strings)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SamplingArrays:
-    """The parameters that `sample` reads, one value per row of a batch."""
+    """The parameters that `sample` reads, one value per row of a batch.
+
+    Attributes:
+      kind: the most that any row asks for, where that is known when a program is traced. Else the program
+        finds out as it runs, which on a GPU makes the host wait for the device.
+    """
 
     temperature: Float32[Array, "B"]
     top_k: Int32[Array, "B"]
     top_p: Float32[Array, "B"]
     min_p: Float32[Array, "B"]
     seed: UInt32[Array, "B"]
+    kind: Kind | None = dataclasses.field(default=None, metadata={"static": True})
 
     @classmethod
     def stack(cls, params: Sequence[SamplingParams]) -> Self:
@@ -103,8 +129,8 @@ def sample(
     Returns:
       tokens, and their log-probabilities in nats under the untempered, untruncated model.
     """
-    tokens = jax.lax.cond(
-        all_greedy(sampling),
+    tokens = if_greedy(
+        sampling,
         lambda: most_likely(logits),
         lambda: draw(truncated_logits(logits, sampling), sampling.seed, step),
     )
@@ -128,8 +154,8 @@ def truncated_logits(logits: Float32[Array, "B V"], sampling: SamplingArrays) ->
     below_best = logits - jnp.max(logits, axis=-1, keepdims=True)
     tempered = below_best / jnp.where(greedy, 1.0, sampling.temperature)[:, None]
     truncates = (sampling.top_k > 0) | (sampling.top_p < 1) | (sampling.min_p > 0)
-    truncated = jax.lax.cond(
-        jnp.any(truncates & ~greedy),
+    truncated = _decide(
+        jnp.any(truncates & ~greedy) if sampling.kind is None else sampling.kind == "cut",
         lambda: jnp.where(_kept(tempered, sampling), tempered, -jnp.inf),
         lambda: tempered,
     )
@@ -137,9 +163,17 @@ def truncated_logits(logits: Float32[Array, "B V"], sampling: SamplingArrays) ->
     return jnp.where(greedy[:, None], jnp.where(is_best, 0.0, -jnp.inf), truncated)
 
 
-def all_greedy(sampling: SamplingArrays) -> Bool[Array, ""]:
-    """Whether no row draws anything."""
-    return jnp.all(_is_greedy(sampling))
+def if_greedy[T](sampling: SamplingArrays, greedy: Callable[[], T], drawn: Callable[[], T]) -> T:
+    """What `greedy` gives if no row draws anything, else what `drawn` gives."""
+    holds = jnp.all(_is_greedy(sampling)) if sampling.kind is None else sampling.kind == "greedy"
+    return _decide(holds, greedy, drawn)
+
+
+def _decide[T](holds: bool | Bool[Array, ""], then: Callable[[], T], otherwise: Callable[[], T]) -> T:
+    """`jax.lax.cond`, but for what is known before anything runs."""
+    if isinstance(holds, bool):
+        return then() if holds else otherwise()
+    return jax.lax.cond(holds, then, otherwise)
 
 
 def _is_greedy(sampling: SamplingArrays) -> Bool[Array, "B"]:

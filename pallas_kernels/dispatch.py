@@ -9,8 +9,9 @@ import functools
 import importlib
 import logging
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -139,14 +140,54 @@ def select(implementations: Sequence[Implementation], name: str | None, *args: A
             if each.fits(target, *args, **kwargs):
                 return each.run(*args, **kwargs)
         raise NotImplementedError(f"implementation={name!r} does not take these arguments on {target}")
-    op = implementations[-1].run.__module__.split(".")[-2:][0]
-    wanted = _chosen.value.of(op)
-    eligible = [each for each in implementations if each.proven or each.name == wanted]
-    wanted_first = sorted(eligible, key=lambda each: each.name != wanted)
-    chosen = next(each for each in wanted_first if each.fits(target, *args, **kwargs))
+    op = op_of(implementations)
+    wanted, chosen = _chosen.value.of(op), default_of(implementations, *args, **kwargs)
     if chosen.name != wanted:
         _say_why(op, implementations, chosen, target, (*args, *kwargs.values()))
-    return chosen.run(*args, **kwargs)
+    if (calls := _recorded.get()) is None:
+        return chosen.run(*args, **kwargs)
+    calls.append(Call(implementations, args, kwargs))
+    with _recording(None):  # what an implementation calls itself is part of it
+        return chosen.run(*args, **kwargs)
+
+
+def default_of(implementations: Sequence[Implementation], *args: Any, **kwargs: Any) -> Implementation:
+    """The one that a call takes here which names none: the chosen or first proven that fits."""
+    wanted, target = _chosen.value.of(op_of(implementations)), current_target()
+    eligible = [each for each in implementations if each.proven or each.name == wanted]
+    wanted_first = sorted(eligible, key=lambda each: each.name != wanted)
+    return next(each for each in wanted_first if each.fits(target, *args, **kwargs))
+
+
+def op_of(implementations: Sequence[Implementation]) -> str:
+    """The folder of the op."""
+    return implementations[-1].run.__module__.split(".")[-2:][0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A call of an op, as `record` notes it: its implementations, and what it was called with."""
+
+    implementations: Sequence[Implementation]
+    arguments: tuple[Any, ...]
+    keywords: Mapping[str, Any]
+
+
+_recorded: ContextVar[list[Call] | None] = ContextVar("recorded", default=None)
+
+
+def record() -> AbstractContextManager[list[Call]]:
+    """In a `with`, lists all calls of ops that name no implementation, in their order."""
+    return _recording([])
+
+
+@contextmanager
+def _recording(calls: Any) -> Iterator[Any]:
+    before = _recorded.set(calls)
+    try:
+        yield calls
+    finally:
+        _recorded.reset(before)
 
 
 _said: set[tuple[str, str, str | None, Target]] = set()

@@ -33,6 +33,7 @@ from dsv4_jax.mtp import bind_mtp, make_mtp_cache
 from dsv4_jax.nn.rope import rope_frequencies, rotation
 from dsv4_jax.numerics import KVQUANT, PLAIN, Numerics
 from dsv4_jax.sampling import SamplingArrays, SamplingParams
+from pallas_kernels import decode_rows
 
 LISTED_ENTRIES = 12  # of a cache, the newest
 
@@ -154,7 +155,7 @@ def _one_block(config: Config, graphdef, params, streams, ids, cache: LayerCache
     attention, x = block.attn, block.hc_attn.read(streams, block.attn_norm)[0]
     positions = jnp.arange(ids.shape[1])[None]
     turns = rotation(positions, rope_frequencies(config, attention.ratio))
-    q_latent, _ = attention.latents(x, turns)
+    q_latent, *_ = attention.latents(x, turns, after.window, start, length)
     return out, after, attention.choose(attention.projected(x), q_latent, turns, positions, after)
 
 
@@ -184,7 +185,7 @@ def kvquant(loaded: LoadedModel, inputs: dict[str, np.ndarray], numerics: Numeri
 def newest(cache: CompressedCache | None, count: int) -> jax.Array:
     """The last of the first sequence's `count` entries, as many as are listed."""
     assert cache is not None, "the layer's ratio says it has entries"
-    return cache.entries[0, max(0, count - LISTED_ENTRIES) : count]
+    return decode_rows(cache.entries)[0, max(0, count - LISTED_ENTRIES) : count]
 
 
 def ascending(chosen: np.ndarray) -> np.ndarray:

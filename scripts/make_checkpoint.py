@@ -11,6 +11,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
+from dsv4_jax.chat.made_up import write_tokenizer
 from dsv4_jax.checkpoint.synthetic import write_checkpoint
 from dsv4_jax.config import FLASH, PRESETS, Config
 from dsv4_jax.errors import DSV4Error
@@ -54,6 +55,7 @@ def main() -> int:
         else:
             config = DEMO if arguments.demo else PRESETS[arguments.preset]
         write_checkpoint(arguments.folder, config, shards=arguments.shards, seed=arguments.seed)
+        write_tokenizer(arguments.folder, config.vocab_size)
     except DSV4Error as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

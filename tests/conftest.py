@@ -14,7 +14,10 @@ import jax
 import numpy as np
 import pytest
 
+from dsv4_jax.chat.made_up import write_tokenizer
 from dsv4_jax.checkpoint.load import LoadedModel, load
+from dsv4_jax.checkpoint.synthetic import write_checkpoint
+from dsv4_jax.config import Config
 
 TESTS = Path(__file__).parent
 
@@ -126,6 +129,17 @@ def shallow() -> Callable[..., LoadedModel]:
         return dataclasses.replace(loaded, config=config, params=loaded.params | {"layers": layers})
 
     return cut
+
+
+@pytest.fixture(scope="session")
+def text_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A made-up checkpoint of one layer with MTP head and tokenizer, which compiles in seconds."""
+    folder = tmp_path_factory.mktemp("text") / "checkpoint"
+    tiny = Config.from_pretrained(TESTS / "data" / "tiny-fp4")
+    config = dataclasses.replace(tiny, num_hidden_layers=1, num_hash_layers=0, compress_ratios=(4, 0))
+    write_checkpoint(folder, config, shards=1)
+    write_tokenizer(folder, config.vocab_size)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -233,6 +233,9 @@ def test_no_time_is_no_row(decode, tmp_path, capsys):
 
 
 def test_caches_that_are_copied_are_counted(decode):
-    hlo = "%a = bf16[2,3]{1,0} copy(%b)\n%c = f32[4]{0} fusion(%copy.1)\nROOT %d = (f32[5]{0}, u32[]) copy-start(%e)"
+    hlo = (
+        "%a = bf16[2,3]{1,0} copy(%b)\n%c = f32[4]{0} fusion(%copy.1)\n"
+        "ROOT %d = (f32[5]{0}, u32[]) copy-start(%e)"
+    )
 
     assert decode.copied_bytes(hlo) == 2 * 3 * 2 + 5 * 4

@@ -79,21 +79,6 @@ def test_generate_compiles_nothing_that_warmup_has_compiled(tmp_path):
     assert len(answered.stdout.split(",")) == 4
 
 
-def test_a_batch_file_is_answered_in_order_and_whole(capsys, tmp_path):
-    prompts, answers = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
-    rows = [{"id": f"row {n}", "tokens": list(range(2, 4 + n)), "max_tokens": 1 + n} for n in range(3)]
-    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-    code, out, _ = run(capsys, "generate", GOLDEN, "-i", prompts, "-o", answers, "--temperature", "0",
-                       "--ignore-eos", "--numerics", "plain", "--implementation", "reference")  # fmt: skip
-
-    written = [json.loads(line) for line in answers.read_text().splitlines()]
-    assert code == 0
-    assert out == ""
-    assert [row["id"] for row in written] == ["row 0", "row 1", "row 2"]
-    assert [len(row["token_ids"]) for row in written] == [1, 2, 3]
-
-
 def test_the_module_is_the_command():
     run = [sys.executable, "-m", "dsv4_jax", "inspect", str(GOLDEN), "--json"]
 
@@ -164,10 +149,10 @@ def test_the_models_options_arrive(capsys, monkeypatch):
 
 
 def test_a_device_that_runs_out_of_memory_is_one_line_and_a_code(capsys, monkeypatch):
-    def generate(*_: object, **__: object) -> None:
+    def stream(*_: object, **__: object) -> None:
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nMuch more")
 
-    monkeypatch.setattr(LLM, "generate", generate)
+    monkeypatch.setattr(LLM, "stream", stream)
 
     code, out, err = run(capsys, "generate", GOLDEN, "--tokens", "1")
 

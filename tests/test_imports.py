@@ -28,9 +28,13 @@ LEVELS = [
     ["decode"],
     ["generate", "prefix"],
     ["engine"],
-    ["tokenizer", "prompts"],
+    ["tokenizer"],
+    ["chat.*", "stops"],
+    ["prompts"],
     ["llm"],
-    ["cli"],
+    ["batch", "selftest"],
+    ["evaluation.*"],
+    ["cli.*"],
     ["__main__"],
 ]
 FRONT_DOOR = "dsv4_jax"  # its __init__.py: imports from every level, and is for users alone

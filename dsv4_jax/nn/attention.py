@@ -18,11 +18,12 @@ from dsv4_jax.numerics import Numerics
 from dsv4_jax.sharding import constrain
 from pallas_kernels import (
     QuantArray,
+    QuantKV,
     attention_latents,
     attention_query,
-    attention_unrotate,
     sparse_attention,
 )
+from pallas_kernels.debug import check
 
 
 class Attention(nnx.Module):
@@ -61,16 +62,26 @@ class Attention(nnx.Module):
         cache: LayerCache,
     ) -> tuple[Float[Array, "B T M"], LayerCache]:
         """Attends from `length` new tokens, which stand from `position` on, to all before and themselves."""
+        out, cache = self.attend(x, position, length, cache)
+        return self._project(out), cache
+
+    def attend(
+        self,
+        x: Float[Array, "B T M"],
+        position: Int32[Array, " B"],
+        length: Int32[Array, " B"],
+        cache: LayerCache,
+    ) -> tuple[Float[Array, "B T H D"], LayerCache]:
+        """`__call__` before the heads' results are projected."""
         positions = position[:, None] + jnp.arange(x.shape[1])
         # Layers of one kind turn alike: XLA makes this once for all that are in one program.
         turns = rotation(positions, rope_frequencies(self.config, self.ratio))
-        q_latent, kv = self.latents(x, turns)
+        q_latent, kv, window = self.latents(x, turns, cache.window, position, length)
         projected = self.projected(x)
         q = self.queries(q_latent, turns)
 
-        window_before = cache.window
-        cache = self.remember(kv, projected, position, length, cache)
-        window_kv, window_index = self._window(kv, position, window_before, cache.window)
+        window_kv, window_index = self._window(kv, position, cache.window, window)
+        cache = self.remember(projected, position, length, dataclasses.replace(cache, window=window))
         compressed_kv, compressed_index = None, None
         if cache.compressed is not None:
             compressed_kv = cache.compressed.entries
@@ -84,24 +95,34 @@ class Attention(nnx.Module):
             compressed_index,
             self.attn_sink.get_value(),
             softmax_scale=self.config.head_dim**-0.5,
+            turns=turns,
         )
-        return self._project(attention_unrotate(out, *turns)), cache
+        return out, cache
 
     def latents(
-        self, x: Float[Array, "B T M"], turns: Rotation
-    ) -> tuple[Float[Array, "B T Q"] | QuantArray, Float[Array, "B T D"]]:
-        """What queries are made of, which the indexer reads too; and key-values as the window keeps them."""
+        self,
+        x: Float[Array, "B T M"],
+        turns: Rotation,
+        window: RecentRows,
+        position: Int32[Array, " B"],
+        length: Int32[Array, " B"],
+    ) -> tuple[Float[Array, "B T Q"] | QuantArray, Float[Array, "B T D"], RecentRows]:
+        """What queries are made of, which the indexer reads too; key-values, and the window with them in it."""
         readers = (self.wq_b, self.indexer.wq_b) if self.ratio == 4 else (self.wq_b,)
         formats = {reader.activation for reader in readers}
-        return attention_latents(
+        q_latent, kv, rows = attention_latents(
             side_by_side(x, self.wq_a, self.wkv),
             self.q_norm.weight.get_value(),
             self.kv_norm.weight.get_value(),
+            window.rows,
+            position,
+            length,
             *turns,
             eps=self.config.rms_norm_eps,
             format=self.numerics.kv,
             activation=formats.pop() if len(formats) == 1 else None,
         )
+        return q_latent, kv, RecentRows(rows)
 
     def projected(self, x: Float[Array, "B T M"]) -> Float32[Array, "B T P"] | None:
         """All that compressor and indexer read of `x`, column by column; None in layers without them."""
@@ -121,16 +142,16 @@ class Attention(nnx.Module):
 
     def remember(
         self,
-        kv: Float[Array, "B T D"],
         projected: Float32[Array, "B T P"] | None,
         position: Int32[Array, " B"],
         length: Int32[Array, " B"],
         cache: LayerCache,
     ) -> LayerCache:
-        """The cache with the new tokens in it."""
-        cache = dataclasses.replace(cache, window=cache.window.write(kv, position, length))
+        """The cache with the new tokens in what is compressed of them."""
         if projected is None or cache.compressed is None:
             return cache
+        room, end = cache.compressed.entries.shape[1] * self.ratio, position + length
+        check("the cache", (position >= 0) & (end <= room), f"holds {room} tokens of a sequence, given", end)
         compressed = self.compressor(projected, 0, position, length, cache.compressed)
         cache = dataclasses.replace(cache, compressed=compressed)
         if cache.index is not None:
@@ -157,7 +178,7 @@ class Attention(nnx.Module):
 
     def _window(
         self, kv: Float[Array, "B T D"], position: Int32[Array, " B"], before: RecentRows, after: RecentRows
-    ) -> tuple[Float[Array, "B R D"], Int32[Array, "B T W"]]:
+    ) -> tuple[Float[Array, "B R D"] | QuantKV, Int32[Array, "B T W"]]:
         """Recent and new key-values, and the rows that each query sees of them, in text order.
 
         `before` and `after` are the window without and with the new rows.

@@ -1,7 +1,5 @@
 """The compressor: every `ratio` tokens become one entry."""
 
-import dataclasses
-
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float32, Int32
@@ -62,6 +60,7 @@ class Compressor(nnx.Module):
         entries, kv, score = compressed_entries(
             projected,
             self.ape.get_value(),
+            cache.entries,
             cache.kv.rows,
             cache.score.rows,
             position,
@@ -74,6 +73,4 @@ class Compressor(nnx.Module):
             format=self.numerics.index if self.for_index else self.numerics.kv,
             dtype=jnp.dtype(self.numerics.dtype),
         )
-        complete = (entry + 1) * ratio <= (position + length)[:, None]
-        cache = dataclasses.replace(cache, kv=RecentRows(kv), score=RecentRows(score))
-        return cache.write(entries, entry, complete)
+        return CompressedCache(entries, RecentRows(kv), RecentRows(score))

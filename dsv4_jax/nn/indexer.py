@@ -9,7 +9,7 @@ from dsv4_jax.nn.compressor import Compressor
 from dsv4_jax.nn.linear import Linear, PlainLinear
 from dsv4_jax.nn.rope import Rotation
 from dsv4_jax.numerics import Numerics
-from pallas_kernels import QuantArray, index_query, index_select
+from pallas_kernels import QuantArray, TiledQueries, index_query, index_select
 
 
 class Indexer(nnx.Module):
@@ -36,7 +36,7 @@ class Indexer(nnx.Module):
         column: int,
         q_latent: Float[Array, "B T Q"] | QuantArray,
         turns: Rotation,
-    ) -> tuple[Float[Array, "B T I J"], Float32[Array, "B T I"]]:
+    ) -> tuple[Float[Array, "B T I J"] | TiledQueries, Float32[Array, "B T I"]]:
         """Index queries, rotated and quantised as the keys are, and the weight of each head.
 
         The columns of `projections` begin at `column` of `projected`.
@@ -53,7 +53,7 @@ class Indexer(nnx.Module):
         q_latent: Float[Array, "B T Q"] | QuantArray,
         turns: Rotation,
         positions: Int32[Array, "B T"],
-        keys: Float[Array, "B S J"],
+        keys: Float[Array, "B S J"] | QuantArray,
     ) -> Int32[Array, "B T K"]:
         """Entries each query attends to, -1 where fewer are visible."""
         visible = (positions + 1) // self.ratio  # an entry that closes at a position is seen from there

@@ -3,15 +3,18 @@
 Norm, rotary embedding and quantisation of whole vectors, each op in one pass. A rotation comes as cosine and
 sine of each pair's angle, so that layers share them; it turns the last 2 * pairs columns, two neighbours at a
 time. Between two steps numbers are rounded to the dtype of the input. Where an op takes some columns of a
-product, it is given the whole product and where they begin: a slice would be a kernel of its own.
+product, it is given the whole product and where they begin: a slice would be a kernel of its own. What a cache
+is to keep is written into it by the op that makes it.
 """
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.attention_inputs import reference
+from pallas_kernels.cached_rows import CachedRows, QuantKV
 from pallas_kernels.dispatch import Implementation, select
 from pallas_kernels.formats import QuantArray
+from pallas_kernels.indexer.queries import TiledQueries
 from pallas_kernels.target import Target
 
 
@@ -61,9 +64,17 @@ def _rotates(target: Target, x, cos, sin) -> bool:
     return target.vendor != "cpu" and alike and x.size > 0 and _power_of_two(width) and 2 <= width <= 4096
 
 
-def _latents_fit(target: Target, x, q_weight, kv_weight, cos, sin, eps, format, activation) -> bool:
+def _keeps_key_values(rows, plain: int) -> bool:
+    """Whether `rows` are codes of so many columns, and the rest as it is."""
+    return isinstance(rows, QuantKV) and rows.nope.shape[-1] == plain and rows.dtype == jnp.bfloat16
+
+
+def _latents_fit(
+    target: Target, x, q_weight, kv_weight, window, position, length, cos, sin, eps, format, activation
+) -> bool:
     (width,), plain = kv_weight.shape, kv_weight.shape[0] - 2 * cos.shape[-1]
     known = format == "fp8_block64" and activation in (None, "fp8_token128")
+    known &= _keeps_key_values(window, plain) and position.dtype == length.dtype == jnp.int32
     known &= all(weight.dtype in (jnp.bfloat16, jnp.float32) for weight in (q_weight, kv_weight))
     known &= x.dtype == jnp.bfloat16 and cos.dtype == sin.dtype == jnp.float32
     whole = 0 < q_weight.size <= 4096 and q_weight.size % 128 == 0 and _width_fits(width, format, plain)
@@ -76,7 +87,7 @@ def _query_fits(target: Target, q, cos, sin, eps) -> bool:
 
 def _index_query_fits(target: Target, q, projected, column, cos, sin, format) -> bool:
     width = q.shape[-1]
-    known = format == "fp4_group32" and projected.dtype == jnp.float32
+    known = format == "fp4_group32" and projected.dtype == jnp.float32 and width % 32 == 0
     return known and _rotates(target, q, cos, sin) and _width_fits(width, format, width)
 
 
@@ -85,6 +96,7 @@ def _entries_fit(
     projected,
     column,
     ape,
+    entries,
     kv_ring,
     score_ring,
     position,
@@ -102,6 +114,7 @@ def _entries_fit(
     known &= all(each.dtype == jnp.float32 for each in floats)
     known &= position.dtype == length.dtype == jnp.int32 and weight.dtype in (jnp.bfloat16, jnp.float32)
     columns = width if for_index else width - 2 * cos.shape[-1]
+    known &= isinstance(entries, QuantArray) if for_index else _keeps_key_values(entries, columns)
     fitting = _width_fits(width, format, columns) and _power_of_two(ape.shape[0])
     return target.vendor != "cpu" and known and fitting and cos.size > 0
 
@@ -132,6 +145,9 @@ def attention_latents(
     x: Float[Array, "B T Q+D"],
     q_weight: Float[Array, " Q"],
     kv_weight: Float[Array, " D"],
+    window: CachedRows,
+    position: Int32[Array, " B"],
+    length: Int32[Array, " B"],
     cos: Float32[Array, "B T pairs"],
     sin: Float32[Array, "B T pairs"],
     *,
@@ -139,14 +155,18 @@ def attention_latents(
     format: str | None,
     activation: str | None,
     implementation: str | None = None,
-) -> tuple[Float[Array, "B T Q"] | QuantArray, Float[Array, "B T D"]]:
+) -> tuple[Float[Array, "B T Q"] | QuantArray, Float[Array, "B T D"], CachedRows]:
     """What queries are made of, normalised; and key-values, normalised, rotated and through `format`.
+
+    Also the window with the key-values of the first `length` tokens in it.
 
     Source: `Attention.forward` of the released inference/model.py.
 
     Args:
       x: the columns of both, side by side.
       q_weight, kv_weight: of the norms.
+      window: [B, slots, D], a ring: the row of position p is in slot p mod slots.
+      position: of each sequence's first token in x.
       eps: `rms_norm_eps`.
       format: "fp8_block64", through which the key-values' columns go that are not rotated; None leaves them.
       activation: "fp8_token128", in which the first result is given then, as a linear takes it; or None.
@@ -156,7 +176,8 @@ def attention_latents(
     """
     if x.shape[-1] != q_weight.size + kv_weight.size:
         raise ValueError(f"x has {x.shape[-1]} columns, the norms {q_weight.size} and {kv_weight.size}")
-    return select(LATENTS, implementation, x, q_weight, kv_weight, cos, sin, eps, format, activation)
+    ring, settings = (window, position, length), (eps, format, activation)
+    return select(LATENTS, implementation, x, q_weight, kv_weight, *ring, cos, sin, *settings)
 
 
 def attention_query(
@@ -197,8 +218,10 @@ def index_query(
     column: int,
     format: str | None,
     implementation: str | None = None,
-) -> tuple[Float[Array, "B T I J"], Float32[Array, "B T I"]]:
-    """Rotation, Hadamard transform, and all columns through `format` and back; and the weight of each head.
+) -> tuple[Float[Array, "B T I J"] | TiledQueries, Float32[Array, "B T I"]]:
+    """Rotation, Hadamard transform, and all columns through `format`; and the weight of each head.
+
+    What went through a format is given as `index_scores` takes it with keys of that format.
 
     Source: `Indexer.forward` of the released inference/model.py.
 
@@ -218,6 +241,7 @@ def index_query(
 def compressed_entries(
     projected: Float32[Array, "B T P"],
     ape: Float32[Array, "ratio C"],
+    entries: CachedRows,
     kv_ring: Float32[Array, "B S C"],
     score_ring: Float32[Array, "B S C"],
     position: Int32[Array, " B"],
@@ -232,23 +256,24 @@ def compressed_entries(
     format: str | None,
     dtype=jnp.bfloat16,
     implementation: str | None = None,
-) -> tuple[Float[Array, "B N D"], Float32[Array, "B S C"], Float32[Array, "B S C"]]:
-    """The entries that `length` new tokens complete: pooled, normalised, rotated, quantised; and the rings.
+) -> tuple[CachedRows, Float32[Array, "B S C"], Float32[Array, "B S C"]]:
+    """The cache with the entries that `length` new tokens complete: pooled, normalised, rotated, quantised.
 
-    Entry n of a sequence covers positions i * ratio to (i + 1) * ratio - 1 with i = position // ratio + n; an
-    entry whose last token is not there is zeros. What is pooled how is said at `compress`; what precedes the
-    text takes no part. `compress` is followed by a rounding to `dtype`, an RMSNorm, and then by what
-    `attention_latents` does with key-values, or `index_query` with queries.
+    Also the rings with the raw rows of those tokens. Entry i of a sequence covers positions i * ratio to
+    (i + 1) * ratio - 1. What is pooled how is said at `compress`; what precedes the text takes no part.
+    `compress` is followed by a rounding to `dtype`, an RMSNorm, and then by what `attention_latents` does with
+    key-values, or, `for_index`, what becomes of queries in `index_query` up to their format.
 
     Args:
       projected: a product, whose C columns from `column` on are the values of the new tokens, and the C after
         them their scores. The first token stands at `position`; those from `length` on are not looked at.
       ape: added to a score by its position modulo ratio.
+      entries: [B, slots, D]; entry i stands in slot i, one past the last slot is dropped.
       kv_ring, score_ring: rows of the tokens before; that of position p is in slot p mod S. S is at least
         ratio * C / D - 1. The rings returned have the rows of the new tokens in them, `ape` added.
       weight: of the norm.
-      cos, sin: of the first position of each entry's window; N of them say how many entries there are to be,
-        T / ratio rounded up.
+      cos, sin: of the first position of entry position // ratio and those after it. N of them say how many
+        entries may be completed, T / ratio rounded up.
       eps: `rms_norm_eps`.
       for_index: transforms and quantises all columns, as `index_query`.
       format: "fp8_block64", with for_index "fp4_group32"; None leaves the columns as they are.
@@ -265,8 +290,8 @@ def compressed_entries(
         raise ValueError(f"rings of {slots} slots do not hold the {reach} tokens that an entry may need")
     if for_index:
         _check_transform(head_dim)
-    rings, settings = (kv_ring, score_ring), (eps, for_index, format, dtype)
-    arguments = (projected, column, ape, *rings, position, length, weight, cos, sin, *settings)
+    kept, settings = (entries, kv_ring, score_ring), (eps, for_index, format, dtype)
+    arguments = (projected, column, ape, *kept, position, length, weight, cos, sin, *settings)
     return select(ENTRIES, implementation, *arguments)
 
 

@@ -1,6 +1,6 @@
-"""`compressed_entries` in Triton: each program makes one entry, from raw rows to what the cache keeps.
+"""`compressed_entries` in Triton: each program makes one entry, from raw rows to the bytes that the cache keeps.
 
-Most decode steps complete no entry: their programs put the new rows into the rings, write zeros and are gone.
+Most decode steps complete no entry: their programs put the new rows into the rings and are gone.
 """
 
 import jax
@@ -11,12 +11,16 @@ from triton.language.extra import libdevice
 from pallas_kernels.attention_inputs.parts_triton import (
     constants,
     hadamard,
+    keep_index_keys,
+    keep_key_values,
     normalized,
     requantized,
     rotated,
     rounded,
 )
 from pallas_kernels.attention_inputs.reference import raw_rows, written
+from pallas_kernels.cached_rows import QuantKV
+from pallas_kernels.formats import QuantArray
 from pallas_kernels.triton_call import triton_call
 
 _ROWS_AT_ONCE = 32  # of a window
@@ -109,6 +113,9 @@ def _remember(
 def _compressed_entries(
     projected,  # [B, TOKENS, COLUMNS] float32: from COLUMN on CHANNELS values, then as many scores
     ape,  # [RATIO, CHANNELS] float32
+    values,  # of the cache, [B, CAPACITY, ..]: codes; as it was, and below as it becomes
+    scale,
+    rope,  # with FOR_INDEX there is none
     kv_ring,  # [B, SLOTS, CHANNELS] float32, where CHANNELS is WIDTH or 2 * WIDTH
     score_ring,
     position,  # [B] int32
@@ -116,13 +123,17 @@ def _compressed_entries(
     weight,  # [WIDTH]
     cos,  # [B, ENTRIES, PAIRS] float32
     sin,
-    out,  # [B, ENTRIES, WIDTH] bfloat16
-    new_kv_ring,  # where kv_ring is
+    new_values,
+    new_scale,
+    new_rope,
+    new_kv_ring,
     new_score_ring,
     TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
     COLUMN: tl.constexpr,
     SLOTS: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    SCALES: tl.constexpr,
     ENTRIES: tl.constexpr,
     RATIO: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -154,10 +165,8 @@ def _compressed_entries(
                 *(projected, ape, new_kv_ring, new_score_ring, batch, start, token),
                 *(TOKENS, COLUMNS, COLUMN, SLOTS, RATIO, CHANNELS),
             )
-    channel = tl.arange(0, WIDTH)[None, :]
-    at = program.to(tl.int64) * WIDTH + channel
-    if first + RATIO <= start + tokens:
-        weights = tl.load(weight + channel).to(tl.float32)
+    if (first + RATIO <= start + tokens) & (first // RATIO < CAPACITY):
+        weights = tl.load(weight + tl.arange(0, WIDTH)[None, :]).to(tl.float32)
         x = _pooled(
             *(projected, ape, kv_ring, score_ring, batch, start, first),
             *(TOKENS, COLUMNS, COLUMN, SLOTS, RATIO, OVERLAP, WIDTH, ROWS, LANES),
@@ -168,16 +177,24 @@ def _compressed_entries(
         if FOR_INDEX:
             x = rounded(hadamard(rounded(x, VENDOR), 1, WIDTH, LOG2_WIDTH), VENDOR)
         QUANTISED: tl.constexpr = WIDTH if FOR_INDEX else WIDTH - 2 * PAIRS
-        x = requantized(x, 1, WIDTH, QUANTISED, GROUP, FLOOR, MOST_BITS, LOWEST_EXPONENT, MANTISSA_BITS)
-        tl.store(out + at, x.to(tl.bfloat16))
-    else:
-        tl.store(out + at, tl.zeros([1, WIDTH], tl.bfloat16))
+        x, exponent = requantized(
+            x, 1, WIDTH, QUANTISED, GROUP, FLOOR, MOST_BITS, LOWEST_EXPONENT, MANTISSA_BITS
+        )
+        to = batch.to(tl.int64) * CAPACITY + first // RATIO + tl.arange(0, 1)
+        if FOR_INDEX:
+            keep_index_keys(x, exponent, new_values, new_scale, to, one >= 0, 1, WIDTH, GROUP)
+        else:
+            keep_key_values(
+                *(x, exponent, new_values, new_scale, new_rope, to, one >= 0),
+                *(1, WIDTH, PAIRS, GROUP, SCALES),
+            )
 
 
 def compressed_entries(
     projected: jax.Array,
     column: int,
     ape: jax.Array,
+    entries: QuantKV | QuantArray,
     kv_ring: jax.Array,
     score_ring: jax.Array,
     position: jax.Array,
@@ -189,17 +206,23 @@ def compressed_entries(
     for_index: bool,
     format: str,
     dtype,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[QuantKV | QuantArray, jax.Array, jax.Array]:
     batch, tokens, columns = projected.shape
-    (ratio, channels), entries, (width,) = ape.shape, cos.shape[1], weight.shape
+    (ratio, channels), (width,) = ape.shape, weight.shape
     slots, windows = kv_ring.shape[1], channels // width
     remember = tokens <= slots - (windows * ratio - 1)
     at_once = min(ratio * windows, _ROWS_AT_ONCE)
     num_warps = max(1, min(16, width * at_once // 1024))
-    found, *rings = triton_call(
+    codes = jax.tree.leaves(entries)
+    if for_index:
+        codes.append(weight)  # in place of rotated columns, never read or written
+    kept = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in (*codes, kv_ring, score_ring)]
+    aliases = {2 + n: n for n in range(5) if not (for_index and n == 2)}
+    *codes, new_kv, new_score = triton_call(
         _compressed_entries,
         projected,
         ape,
+        *codes,
         kv_ring,
         score_ring,
         position,
@@ -207,19 +230,17 @@ def compressed_entries(
         weight,
         cos,
         sin,
-        out=(
-            jax.ShapeDtypeStruct((batch, entries, width), dtype),
-            jax.ShapeDtypeStruct(kv_ring.shape, kv_ring.dtype),
-            jax.ShapeDtypeStruct(score_ring.shape, score_ring.dtype),
-        ),
-        aliases={2: 1, 3: 2},
-        grid=(batch * entries,),
+        out=kept,
+        aliases=aliases,
+        grid=(batch * cos.shape[1],),
         num_warps=num_warps,
         TOKENS=tokens,
         COLUMNS=columns,
         COLUMN=column,
         SLOTS=slots,
-        ENTRIES=entries,
+        CAPACITY=entries.shape[1],
+        SCALES=codes[1].shape[-1],
+        ENTRIES=cos.shape[1],
         RATIO=ratio,
         OVERLAP=windows == 2,
         WIDTH=width,
@@ -232,7 +253,9 @@ def compressed_entries(
         LANES=max(1, num_warps * 128 // width),  # rows at a time, four channels a thread
         **constants(format),
     )
+    rings = (new_kv, new_score)
     if not remember:
         rows = raw_rows(projected, column, ape, position)
-        rings = [written(*each, position, length) for each in zip(rings, rows, strict=True)]
-    return found, *rings
+        rings = (written(*each, position, length) for each in zip(rings, rows, strict=True))
+    leaves = codes[:2] if for_index else codes
+    return jax.tree.unflatten(jax.tree.structure(entries), leaves), *rings

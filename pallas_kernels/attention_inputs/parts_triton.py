@@ -92,6 +92,8 @@ def requantized(
 ):
     """The first COLUMNS through a format and back, GROUP columns with one power-of-two scale; below 2^100.
 
+    Also the scales' exponents as E8M0 has them, [ROWS, WIDTH // GROUP] int32, of other columns meaningless.
+
     Dividing by such a scale moves exponents only, so a number is rounded where it is: to MANTISSA_BITS, or
     to the last bit of the smallest normal number times the scale. Adding and subtracting a number so large
     that its last bit is this one does it, ties to even, on chips that do not know the format. No number is
@@ -110,7 +112,79 @@ def requantized(
     nearest = tl.reshape(nearest, [ROWS, WIDTH])
     if COLUMNS < WIDTH:
         nearest = tl.where((tl.arange(0, WIDTH) < COLUMNS)[None, :], nearest, x)
-    return nearest
+    return nearest, tl.reshape(exponent, [ROWS, WIDTH // GROUP])
+
+
+@triton.jit
+def e4m3_byte(x):
+    """The nearest of E4M3, of numbers that are not beyond it: its bits are those of a float32 that is 2^-120 of
+    it. On any chip, as some have other FP8 numbers, or none.
+    """
+    bits = (x * 2.0**-120).to(tl.int32, bitcast=True)
+    nearest = bits + 0x7FFFF + ((bits >> 20) & 1)
+    return (((nearest >> 20) & 0x7F) | ((bits >> 24) & 0x80)).to(tl.uint8)
+
+
+@triton.jit
+def _divided(x, exponent, ROWS: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr):
+    """x divided by its groups' powers of two."""
+    inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    groups = tl.reshape(x, [ROWS, WIDTH // GROUP, GROUP])
+    return tl.reshape(groups * tl.reshape(inverse, [ROWS, WIDTH // GROUP, 1]), [ROWS, WIDTH])
+
+
+@triton.jit
+def keep_key_values(
+    x,  # [ROWS, WIDTH]: numbers that went through the format
+    exponent,  # [ROWS, WIDTH // GROUP]
+    nope,  # [.., WIDTH - 2 * PAIRS] float8_e4m3fn
+    scale,  # [.., SCALES] uint8
+    rope,  # [.., 2 * PAIRS] bfloat16
+    to,  # [ROWS] int64: rows of these
+    kept,  # [ROWS]: whether to write there
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PAIRS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SCALES: tl.constexpr,
+):
+    """Rows as a QuantKV has them."""
+    PLAIN: tl.constexpr = WIDTH - 2 * PAIRS
+    channel, group, place = tl.arange(0, WIDTH), tl.arange(0, WIDTH // GROUP), tl.arange(0, SCALES)
+    nope, rows, there = nope.to(tl.pointer_type(tl.uint8)), to[:, None], kept[:, None]
+    codes = e4m3_byte(_divided(x, exponent, ROWS, WIDTH, GROUP))
+    tl.store(nope + rows * PLAIN + channel[None, :], codes, mask=there & (channel < PLAIN)[None, :])
+    at = scale + rows * SCALES
+    coded = (group < PLAIN // GROUP)[None, :]
+    tl.store(at + group[None, :], exponent.to(tl.uint8), mask=there & coded)
+    none = tl.zeros([ROWS, SCALES], tl.uint8)
+    tl.store(at + place[None, :], none, mask=there & (place >= PLAIN // GROUP)[None, :])
+    at = rope + rows * (2 * PAIRS) + (channel - PLAIN)[None, :]
+    tl.store(at, x.to(tl.bfloat16), mask=there & (channel >= PLAIN)[None, :])
+
+
+@triton.jit
+def keep_index_keys(
+    x,  # [ROWS, WIDTH]: numbers that went through the format
+    exponent,  # [ROWS, WIDTH // GROUP]
+    values,  # [.., WIDTH // 2] uint8
+    scale,  # [.., WIDTH // GROUP] uint8
+    to,  # [ROWS] int64: rows of these
+    kept,  # [ROWS]: whether to write there
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Rows as a QuantArray in `fp4_group32` has them: the even column in the lower half of a byte."""
+    # The bits of E2M1 are those of a float32 that is 2^-126 of it.
+    bits = (_divided(x, exponent, ROWS, WIDTH, GROUP) * 2.0**-126).to(tl.int32, bitcast=True)
+    codes = ((bits >> 22) & 7) | ((bits >> 28) & 8)
+    even, odd = tl.split(tl.reshape(codes, [ROWS, WIDTH // 2, 2]))
+    byte, group, rows = tl.arange(0, WIDTH // 2), tl.arange(0, WIDTH // GROUP), to[:, None]
+    at = values + rows * (WIDTH // 2) + byte[None, :]
+    tl.store(at, (even | (odd << 4)).to(tl.uint8), mask=kept[:, None])
+    at = scale + rows * (WIDTH // GROUP) + group[None, :]
+    tl.store(at, exponent.to(tl.uint8), mask=kept[:, None])
 
 
 _NARROW = {"fp8_block64": (-6, 3), "fp4_group32": (0, 1)}  # smallest normal exponent, mantissa bits

@@ -3,8 +3,10 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.cached_rows import CachedRows, write_rows
 from pallas_kernels.compressor.reference import compress
 from pallas_kernels.formats import QuantArray, fake_quantize, quantize
+from pallas_kernels.indexer.queries import TiledQueries, tile_queries
 from pallas_kernels.indexer.reference import hadamard
 
 # --- steps
@@ -50,16 +52,20 @@ def latents(
     x: jax.Array,
     q_weight: jax.Array,
     kv_weight: jax.Array,
+    window: CachedRows,
+    position: jax.Array,
+    length: jax.Array,
     cos: jax.Array,
     sin: jax.Array,
     eps: float,
     format: str | None,
     activation: str | None,
-) -> tuple[jax.Array | QuantArray, jax.Array]:
+) -> tuple[jax.Array | QuantArray, jax.Array, CachedRows]:
     q, kv = jnp.split(x, [q_weight.size], axis=-1)
     q = rms_norm(q, q_weight, eps)
     kv = quantize_plain(rotate(rms_norm(kv, kv_weight, eps), cos, sin), cos.shape[-1], format)
-    return q if activation is None else quantize(q, activation), kv
+    window = written(window, kv, position, length)
+    return q if activation is None else quantize(q, activation), kv, window
 
 
 def query(q: jax.Array, cos: jax.Array, sin: jax.Array, eps: float) -> jax.Array:
@@ -72,16 +78,18 @@ def unrotate(out: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 def index_query(
     q: jax.Array, projected: jax.Array, column: int, cos: jax.Array, sin: jax.Array, format: str | None
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array | TiledQueries, jax.Array]:
     *_, heads, head_dim = q.shape
     weights = projected[..., column : column + heads].astype(q.dtype) * (heads * head_dim) ** -0.5
-    return index_vector(q, cos[:, :, None], sin[:, :, None], format), weights.astype(jnp.float32)
+    weights, q = weights.astype(jnp.float32), index_vector(q, cos[:, :, None], sin[:, :, None], format)
+    return (q, weights) if format is None else tile_queries(q, weights)
 
 
 def compressed_entries(
     projected: jax.Array,
     column: int,
     ape: jax.Array,
+    entries: CachedRows,
     kv_ring: jax.Array,
     score_ring: jax.Array,
     position: jax.Array,
@@ -93,7 +101,7 @@ def compressed_entries(
     for_index: bool,
     format: str | None,
     dtype,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[CachedRows, jax.Array, jax.Array]:
     (ratio, channels), head_dim = ape.shape, weight.shape[0]
     kv, score = raw_rows(projected, column, ape, position)
 
@@ -111,11 +119,11 @@ def compressed_entries(
     pooled = compress(kv_rows, score_rows, first_row_BN, ratio, head_dim).astype(dtype)
     normed = rms_norm(pooled, weight, eps)
     if for_index:
-        entries = index_vector(normed, cos, sin, format)
+        made = index_vector(normed, cos, sin, format)
     else:
-        entries = quantize_plain(rotate(normed, cos, sin), cos.shape[-1], format)
+        made = quantize_plain(rotate(normed, cos, sin), cos.shape[-1], format)
     complete_BN = (entry_BN + 1) * ratio <= (position + length)[:, None]
-    entries = jnp.where(complete_BN[..., None], entries, 0)
+    entries = write_rows(entries, made, entry_BN, complete_BN)
     return entries, *(written(*each, position, length) for each in ((kv_ring, kv), (score_ring, score)))
 
 
@@ -132,10 +140,8 @@ def _rows(ring: jax.Array, position_BR: jax.Array) -> jax.Array:
     return jnp.take_along_axis(ring, (position_BR % ring.shape[1])[..., None], axis=1)
 
 
-def written(ring: jax.Array, rows: jax.Array, position: jax.Array, length: jax.Array) -> jax.Array:
+def written[Rows: CachedRows](ring: Rows, rows: jax.Array, position: jax.Array, length: jax.Array) -> Rows:
     """The ring with the first `length` of `rows` in it, which belong to `position` and after."""
-    slots, (batch, tokens, _) = ring.shape[1], rows.shape
-    token, end = jnp.arange(tokens), length[:, None]
+    slots, token, end = ring.shape[1], jnp.arange(rows.shape[1]), length[:, None]
     keep = (token < end) & (token >= end - slots)  # of rows that share a slot the last one stays
-    slot = jnp.where(keep, (position[:, None] + token) % slots, slots)  # a slot past the end is dropped
-    return ring.at[jnp.arange(batch)[:, None], slot].set(rows, mode="drop")
+    return write_rows(ring, rows, (position[:, None] + token) % slots, keep)

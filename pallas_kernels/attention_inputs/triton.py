@@ -1,4 +1,7 @@
-"""Latents, queries and index queries in Triton: one launch each, whose programs take some rows."""
+"""Latents, queries and index queries in Triton: one launch each, whose programs take some rows.
+
+That of latents writes the window too: the program that makes a token's key-values puts them into the ring.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +13,17 @@ from pallas_kernels.activation_quant import activation_quant
 from pallas_kernels.activation_quant.triton import quantized
 from pallas_kernels.attention_inputs.parts_triton import (
     constants,
+    e4m3_byte,
     hadamard,
+    keep_key_values,
     normalized,
     requantized,
     rotated,
     rounded,
 )
+from pallas_kernels.cached_rows import QuantKV
 from pallas_kernels.formats import E4M3_MAX, FORMATS, QuantArray
+from pallas_kernels.indexer.queries import HIGHEST, LOWEST, TiledQueries
 from pallas_kernels.target import current_target
 from pallas_kernels.triton_call import triton_call
 
@@ -54,12 +61,23 @@ def _latents(
     x,  # [TOTAL, Q + WIDTH] bfloat16
     q_weight,  # [Q]
     kv_weight,  # [WIDTH]
+    nope,  # the window, a ring of SLOTS rows for each sequence, as it was and as it becomes
+    nope_scale,
+    rope,
+    position,  # [B] int32: of each sequence's first token here
+    length,  # [B] int32: how many of its tokens are there
     cos,  # [TOTAL, PAIRS] float32
     sin,
     q,  # [TOTAL, Q] E4M3 or bfloat16
     scale,  # [TOTAL, Q / 128] uint8, not written without QUANTIZE
     kv,  # [TOTAL, WIDTH] bfloat16
+    new_nope,
+    new_nope_scale,
+    new_rope,
     TOTAL: tl.constexpr,
+    TOKENS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    SCALES: tl.constexpr,
     Q: tl.constexpr,
     Q_WIDTH: tl.constexpr,  # the power of two that is at least Q
     Q_ROWS: tl.constexpr,
@@ -112,11 +130,21 @@ def _latents(
         vector = rounded(normalized(vector, WIDTH, EPS) * kv_weights[None, :], VENDOR)
         vector = rotated(vector, cos, sin, token, there, ROWS, WIDTH, PAIRS, False)
         PLAIN: tl.constexpr = WIDTH - 2 * PAIRS
-        vector = requantized(
+        vector, exponent = requantized(
             vector, ROWS, WIDTH, PLAIN, GROUP, FLOOR, MOST_BITS, LOWEST_EXPONENT, MANTISSA_BITS
         )
         to = token[:, None].to(tl.int64) * WIDTH + channel[None, :]
         tl.store(kv + to, vector.to(tl.bfloat16), mask=there[:, None])
+        # Of tokens that share a slot the last one stays.
+        sequence, number = token // TOKENS, token % TOKENS
+        end = tl.load(length + sequence, mask=there, other=0)
+        kept = there & (number < end) & (number >= end - SLOTS)
+        slot = (tl.load(position + sequence, mask=there, other=0) + number) % SLOTS
+        keep_key_values(
+            *(vector, exponent, new_nope, new_nope_scale, new_rope),
+            *(sequence.to(tl.int64) * SLOTS + slot, kept),
+            *(ROWS, WIDTH, PAIRS, GROUP, SCALES),
+        )
 
 
 @triton.jit
@@ -125,13 +153,15 @@ def _index_query(
     projected,  # [tokens, COLUMNS] float32, with the weights of the heads from COLUMN on
     cos,  # [tokens, PAIRS] float32
     sin,
-    out,  # as q
+    out,  # [TOTAL, WIDTH] float8_e4m3fn: TiledQueries
     weights,  # [TOTAL] float32
     TOTAL: tl.constexpr,
     HEADS: tl.constexpr,
     COLUMNS: tl.constexpr,
     COLUMN: tl.constexpr,
     WEIGHT_SCALE: tl.constexpr,
+    HIGHEST: tl.constexpr,
+    LOWEST: tl.constexpr,
     WIDTH: tl.constexpr,
     LOG2_WIDTH: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -149,14 +179,24 @@ def _index_query(
     x = tl.load(q + at, mask=real[:, None], other=0.0).to(tl.float32)
     x = rounded(rotated(x, cos, sin, row // HEADS, real, ROWS, WIDTH, PAIRS, False), VENDOR)
     x = rounded(hadamard(x, ROWS, WIDTH, LOG2_WIDTH), VENDOR)
-    x = requantized(x, ROWS, WIDTH, WIDTH, GROUP, FLOOR, MOST_BITS, LOWEST_EXPONENT, MANTISSA_BITS)
-    tl.store(out + at, x.to(tl.bfloat16), mask=real[:, None])
+    x, _ = requantized(x, ROWS, WIDTH, WIDTH, GROUP, FLOOR, MOST_BITS, LOWEST_EXPONENT, MANTISSA_BITS)
+
+    # As `tile_queries`: divided by a power of two, and channels in the order of `channel_order`.
+    largest = tl.max(tl.abs(x), 1).to(tl.int32, bitcast=True)
+    exponent = tl.maximum(largest >> 23, LOWEST)
+    inverse = ((254 + HIGHEST - exponent) << 23).to(tl.float32, bitcast=True)
+    channel = tl.arange(0, WIDTH)
+    thread, word = channel // (WIDTH // 4), channel // 8 % (WIDTH // 32)
+    place = word * 32 + channel // 4 % 2 * 16 + thread * 4 + channel % 4
+    to = out.to(tl.pointer_type(tl.uint8)) + row[:, None].to(tl.int64) * WIDTH + place[None, :]
+    tl.store(to, e4m3_byte(x * inverse[:, None]), mask=real[:, None])
 
     weight = tl.load(
         projected + (row // HEADS).to(tl.int64) * COLUMNS + COLUMN + row % HEADS, mask=real, other=0.0
     )
     weight = (weight.to(tl.bfloat16).to(tl.float32) * WEIGHT_SCALE).to(tl.bfloat16).to(tl.float32)
-    tl.store(weights + row, weight, mask=real)
+    power = ((exponent - HIGHEST) << 23).to(tl.float32, bitcast=True)
+    tl.store(weights + row, weight * power, mask=real)
 
 
 # --- launches
@@ -166,32 +206,44 @@ def latents(
     x: jax.Array,
     q_weight: jax.Array,
     kv_weight: jax.Array,
+    window: QuantKV,
+    position: jax.Array,
+    length: jax.Array,
     cos: jax.Array,
     sin: jax.Array,
     eps: float,
     format: str,
     activation: str | None,
-) -> tuple[jax.Array | QuantArray, jax.Array]:
+) -> tuple[jax.Array | QuantArray, jax.Array, QuantKV]:
     *outer, columns = x.shape
     width, q_columns, total = kv_weight.size, q_weight.size, x.size // columns
     q_width = triton.next_power_of_2(q_columns)
     # Where the chip has other FP8 numbers, or none, the definition makes them.
     quantize = activation is not None and current_target().has_e4m3
     q_rows, rows = (1 if total <= _FEW else max(1, 2048 // each) for each in (q_width, width))
-    q, scale, kv = triton_call(
+    rings = (window.nope, window.scale, window.rope)
+    q, scale, kv, *rings = triton_call(
         _latents,
         x,
         q_weight,
         kv_weight,
+        *rings,
+        position,
+        length,
         cos,
         sin,
         out=(
             jax.ShapeDtypeStruct((*outer, q_columns), jnp.float8_e4m3fn if quantize else x.dtype),
             jax.ShapeDtypeStruct((*outer, q_columns // 128), jnp.uint8),
             jax.ShapeDtypeStruct((*outer, width), x.dtype),
+            *(jax.ShapeDtypeStruct(ring.shape, ring.dtype) for ring in rings),
         ),
+        aliases={3: 3, 4: 4, 5: 5},
         grid=(-(-total // q_rows) + -(-total // rows),),
         TOTAL=total,
+        TOKENS=outer[-1],
+        SLOTS=window.shape[1],
+        SCALES=window.scale.shape[-1],
         Q=q_columns,
         Q_WIDTH=q_width,
         Q_ROWS=q_rows,
@@ -204,9 +256,9 @@ def latents(
         ROWS=rows,
         **constants(format),
     )
-    if quantize:
-        return QuantArray(q, scale, activation), kv
-    return q if activation is None else activation_quant(q), kv
+    if activation is not None:
+        q = QuantArray(q, scale, activation) if quantize else activation_quant(q)
+    return q, kv, QuantKV(*rings)
 
 
 def query(q: jax.Array, cos: jax.Array, sin: jax.Array, eps: float) -> jax.Array:
@@ -238,17 +290,17 @@ def _launch_query(q: jax.Array, cos: jax.Array, sin: jax.Array, **constants) -> 
 
 def index_query(
     q: jax.Array, projected: jax.Array, column: int, cos: jax.Array, sin: jax.Array, format: str
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[TiledQueries, jax.Array]:
     *outer, heads, width = q.shape
     rows, total = _rows_of_a_program(q), q.size // width
-    return triton_call(
+    values, weights = triton_call(
         _index_query,
         q,
         projected,
         cos,
         sin,
         out=(
-            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct(q.shape, jnp.float8_e4m3fn),
             jax.ShapeDtypeStruct((*outer, heads), jnp.float32),
         ),
         grid=(-(-total // rows),),
@@ -257,12 +309,15 @@ def index_query(
         COLUMNS=projected.shape[-1],
         COLUMN=column,
         WEIGHT_SCALE=float(np.array((heads * width) ** -0.5, jnp.bfloat16)),
+        HIGHEST=HIGHEST,
+        LOWEST=LOWEST,
         WIDTH=width,
         LOG2_WIDTH=width.bit_length() - 1,
         PAIRS=cos.shape[-1],
         ROWS=rows,
         **constants(format),
     )
+    return TiledQueries(values), weights
 
 
 def _rows_of_a_program(x: jax.Array) -> int:

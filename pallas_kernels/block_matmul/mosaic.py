@@ -24,10 +24,10 @@ from pallas_kernels.block_matmul.wgmma import HEIGHT, SWIZZLED
 from pallas_kernels.formats import QuantArray
 from pallas_kernels.target import Target
 
-OUT_COLUMNS = 64  # of bfloat16: as wide as the swizzle, 128 bytes
 FEWEST_TOKENS = 512  # below, reading the weights is most of the work, and Triton's kernels do that as well
 SHARED_BYTES = 232448 - 1024  # what a program may have on Hopper, less room for barriers
 MULTIPROCESSORS = 132
+TOGETHER = 4
 STEP_COST = (
     8000  # of a block of columns beside its products, in units of the tile's size; measured on an H200
 )
@@ -49,6 +49,8 @@ class Config(NamedTuple):
       band: tiles of tokens that go before the next ones, so that the L2 cache holds what they share.
       consumers: warpgroups that multiply, 2 or 3, each so many of the tokens: while one promotes, the tensor
         core has the others' products to work on.
+      sharers: tiles side by side whose programs are a cluster and share the tokens: each loads a part of
+        them, which the copy engine gives to all.
     """
 
     tokens: int = 128
@@ -57,16 +59,29 @@ class Config(NamedTuple):
     slots: int = 2
     band: int = 8
     consumers: int = 2
+    sharers: int = 1
+    ahead: bool = False
 
     @property
     def shared_bytes(self) -> int:
         loaded = (self.tokens + self.rows) * BLOCK * self.stages
-        return loaded + self.consumers * self.slots * HEIGHT * OUT_COLUMNS * 2
+        return loaded + self.consumers * self.slots * HEIGHT * self.out_columns * 2
 
     @property
     def width(self) -> int:
         """Columns of one tensor core product: its sums need registers beside those of the running ones."""
-        return self.rows if self.rows <= 192 else 128
+        most = 128 if self.ahead else 192
+        return self.rows if self.rows <= most else next(n for n in (128, 96) if self.rows % n == 0)
+
+    @property
+    def out_columns(self) -> int:
+        """Of a piece of the result on its way out."""
+        return 64 if self.width % 64 == 0 else 32
+
+    @property
+    def products(self) -> int:
+        """Of a consumer, for one block of columns."""
+        return self.tokens // self.consumers // HEIGHT * self.rows // self.width
 
 
 class Shape(NamedTuple):
@@ -84,7 +99,7 @@ def fits(target: Target, x: Any, weight: Any, out_dtype: Any) -> bool:
     if not isinstance(x, QuantArray) or not isinstance(weight, QuantArray):
         return False
     right_formats = x.format == "fp8_token128" and weight.format == "fp8_block128" and weight.ndim == 2
-    right_size = weight.shape[-1] % BLOCK == 0 and weight.shape[0] % 8 == 0 and weight.shape[0] >= OUT_COLUMNS
+    right_size = weight.shape[-1] % BLOCK == 0 and weight.shape[0] % 8 == 0 and weight.shape[0] >= HEIGHT
     many = weight.shape[-1] > 0 and math.prod(x.shape[:-1]) >= FEWEST_TOKENS
     return right_formats and right_size and many and jnp.dtype(out_dtype) == jnp.bfloat16
 
@@ -133,8 +148,8 @@ class Plan(NamedTuple):
 
     @property
     def across(self) -> int:
-        """Tiles along the rows of the weight."""
-        return -(-self.shape.rows // self.config.rows)
+        """Tiles along the rows of the weight, those that share tokens together."""
+        return -(-self.shape.rows // (self.config.rows * self.config.sharers))
 
     @property
     def steps(self) -> int:
@@ -142,20 +157,21 @@ class Plan(NamedTuple):
 
     @property
     def programs(self) -> int:
-        """As many as run at once, or fewer if there is not a tile for each."""
-        return min(MULTIPROCESSORS, self.down * self.across)
+        """As many, or as many clusters of them, as run at once, or fewer if there is not a tile for each."""
+        return min(MULTIPROCESSORS // self.config.sharers, self.down * self.across)
 
     def start(self, tile: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """First token and first row of a tile."""
-        band = self.config.band
+        """First token of a tile, and first row, of all tiles that share the tokens."""
+        band = min(self.config.band, self.down)
         first = lax.div(tile, band * self.across) * band
         place = lax.rem(tile, band * self.across)
-        high = jnp.minimum(self.down - first, band)
+        # By a constant a division is two instructions, else some forty.
+        high = jnp.minimum(self.down - first, band) if self.down % band else jnp.int32(band)
         down, across = first + lax.rem(place, high), lax.div(place, high)
         # A last tile that would reach past the tokens starts earlier: some are computed twice, to the same
         # bits, and none is read that does not exist.
         token = jnp.minimum(down * self.config.tokens, self.shape.tokens - self.config.tokens)
-        return token, across * self.config.rows
+        return token, across * (self.config.rows * self.config.sharers)
 
 
 # --- scales
@@ -195,7 +211,8 @@ def _kernel(plan: Plan, x: Any, x_scale: Any, w: Any, w_scale: Any, out: Any, *s
 
     def start(number: jax.Array) -> tuple[jax.Array, jax.Array]:
         """First token and row of the program's tile of this number."""
-        return plan.start(program + number * plan.programs)
+        token, row = plan.start(program + number * plan.programs)
+        return token, row + lax.axis_index("sharer") * config.rows if config.sharers > 1 else row
 
     def producer() -> None:
         plgpu.set_max_registers(REGISTERS[config.consumers][0], action="decrease")
@@ -213,31 +230,45 @@ def _kernel(plan: Plan, x: Any, x_scale: Any, w: Any, w_scale: Any, out: Any, *s
                 def _() -> None:
                     plgpu.barrier_wait(free.at[slot])
 
-                columns = pl.ds(step * BLOCK, BLOCK)
-                for source, tile, at in ((x, x_tiles, token), (w, w_tiles, row)):
+                columns, shared = pl.ds(step * BLOCK, BLOCK), "sharer" if config.sharers > 1 else None
+                for source, tile, at, axes in ((x, x_tiles, token, shared), (w, w_tiles, row, None)):
                     rows = source.at[pl.ds(at, tile.shape[1]), columns]
-                    plgpu.copy_gmem_to_smem(rows, tile.at[slot], full.at[slot])
+                    plgpu.copy_gmem_to_smem(rows, tile.at[slot], full.at[slot], collective_axes=axes)
+
+        # Consumers wait for one stage more than there is: it is full of nothing.
+        count = mine * steps
+        slot = lax.rem(count, jnp.int32(config.stages))
+
+        @pl.when(count >= config.stages)
+        def _() -> None:
+            plgpu.barrier_wait(free.at[slot])
+
+        plgpu.barrier_arrive(full.at[slot])
+        plgpu.barrier_arrive(full.at[slot])
 
         # Leave when all has been reported: the interpreter wants every phase of a barrier seen.
-        count = mine * steps
-
-        @pl.loop(jnp.maximum(count - config.stages, 0), count)
+        @pl.loop(jnp.maximum(count - config.stages + 1, 0), count)
         def _(count: jax.Array) -> None:
             plgpu.barrier_wait(free.at[lax.rem(count, jnp.int32(config.stages))])
 
     def consumer() -> None:
         plgpu.set_max_registers(REGISTERS[config.consumers][1], action="increase")
         share = config.tokens // config.consumers
-        waves, width = share // HEIGHT, config.width
-        chunk = math.gcd(config.rows, BLOCK)  # rows of a tile that share their scales, wherever it starts
+        waves, width, out_columns = share // HEIGHT, config.width, config.out_columns
+        # Rows that share their scales wherever a tile starts, and those of them in one product.
+        scaled = math.gcd(config.rows, BLOCK)
+        chunk = math.gcd(scaled, width)
         pieces = [(wave, row) for wave in range(waves) for row in range(0, config.rows, width)]
+        buffers = 2 if config.ahead else 1
+        # Steps of one turn of the loop. The assembler loses sight of two products over its end.
+        together = math.gcd(steps, TOGETHER) if config.ahead else 1
 
         def load_scales(number: jax.Array, step: jax.Array) -> Scales:
             token, row = start(number)
             first = token + group * share
             at = [
                 jnp.minimum(lax.div(row + n, BLOCK), -(-rows // BLOCK) - 1)
-                for n in range(0, config.rows, chunk)
+                for n in range(0, config.rows, scaled)
             ]
             return Scales(
                 tuple(
@@ -247,61 +278,98 @@ def _kernel(plan: Plan, x: Any, x_scale: Any, w: Any, w_scale: Any, out: Any, *s
                 tuple(w_scale[n, step] for n in at),
             )
 
-        def multiply(number: jax.Array, scales: Scales) -> list[list[jax.Array]]:
-            """Sums of one tile by wave and chunk; `scales` are of its first step."""
+        def begin(place: tuple[int, int], slot: jax.Array, spent: jax.Array) -> jax.Array:
+            token, row = group * share + place[0] * HEIGHT, place[1]
+            return wgmma.start(x_tiles, w_tiles, slot, token, row, spent)
 
-            def one_step(step: jax.Array, carry: Any) -> Any:
-                sums, scales, part, slot = carry
-                factors = scales.products()
-                # A step ahead: the way to memory takes as long as a step.
-                scales = load_scales(number, jnp.minimum(step + 1, steps - 1))
-                plgpu.barrier_wait(full.at[slot])
-                sums = [list(each) for each in sums]
-                for wave, row in pieces:
-                    token = group * share + wave * HEIGHT
-                    part = wgmma.product(x_tiles, w_tiles, slot, token, row, part)
-                    if (wave, row) == pieces[-1]:
+        def multiply(number: jax.Array, scales: Scales, parts: Any, slot: jax.Array) -> Any:
+            """Sums of one tile by wave and chunk; `scales` are of its first step, whose first product has begun.
+
+            The first product of whatever comes next is begun when it ends.
+            """
+
+            def one_step(step: jax.Array, ends: bool, carry: Any) -> Any:
+                sums, scales, parts, slot = carry
+                sums, parts = [list(each) for each in sums], list(parts)
+                # A remainder would be a chain of a dozen instructions.
+                following = jnp.where(slot == config.stages - 1, 0, slot + 1)
+                factors: list[list[jax.Array]] = []
+                for number_of, (wave, row) in enumerate(pieces):
+                    last = number_of == len(pieces) - 1
+                    coming = (pieces[0], following) if last else (pieces[number_of + 1], slot)
+                    if last:
+                        plgpu.barrier_wait(full.at[following])
+                    none_ahead = last and ends
+                    if config.ahead and not none_ahead:
+                        parts[1] = begin(*coming, parts[1])
+                    if not factors:  # while the tensor core works: between products is no time for this
+                        factors = scales.products()
+                        # A step ahead: the way to memory takes as long as a step.
+                        scales = load_scales(number, jnp.minimum(step + 1, steps - 1))
+                    parts[0] = wgmma.finish(parts[0], later=0 if none_ahead else buffers - 1)
+                    if last:
                         plgpu.barrier_arrive(free.at[slot])
                     for n in range(0, width, chunk):
                         place = (row + n) // chunk
-                        factor = lax.broadcast_in_dim(factors[wave][place], (HEIGHT, chunk), [0])
-                        sums[wave][place] += part[:, n : n + chunk] * factor
-                # A remainder would be a chain of a dozen instructions before each wait.
-                return sums, scales, part, jnp.where(slot == config.stages - 1, 0, slot + 1)
+                        factor = lax.broadcast_in_dim(factors[wave][(row + n) // scaled], (HEIGHT, chunk), [0])
+                        sums[wave][place] += parts[0][:, n : n + chunk] * factor
+                    if config.ahead:
+                        parts.reverse()
+                    else:
+                        parts[0] = begin(*coming, parts[0])
+                return sums, scales, tuple(parts), following
 
-            def zeros(columns: int) -> jax.Array:
-                return plgpu.layout_cast(jnp.zeros((HEIGHT, columns), jnp.float32), plgpu.Layout.WGMMA)
+            def some_steps(turn: jax.Array, carry: Any) -> Any:
+                if config.ahead:
+                    sums, scales, parts, slot = carry
+                    carry = sums, scales, (begin(pieces[0], slot, parts[0]), parts[1]), slot
+                for n in range(together):
+                    carry = one_step(turn * together + n, n == together - 1, carry)
+                return carry
 
             sums = [[zeros(chunk) for _ in range(config.rows // chunk)] for _ in range(waves)]
-            first = lax.rem(number * steps, jnp.int32(config.stages))
-            return lax.fori_loop(0, steps, one_step, (sums, scales, zeros(width), first))[0]
+            sums, _, parts, slot = lax.fori_loop(
+                0, steps // together, some_steps, (sums, scales, tuple(parts), slot)
+            )
+            return sums, parts, slot
+
+        def zeros(columns: int) -> jax.Array:
+            return plgpu.layout_cast(jnp.zeros((HEIGHT, columns), jnp.float32), plgpu.Layout.WGMMA)
 
         def write(number: jax.Array, sums: list[list[jax.Array]]) -> None:
             """The tile to memory, piece by piece; the stores of the last pieces are left under way."""
             token, row = start(number)
-            places = [(wave, n) for wave in range(waves) for n in range(0, config.rows, OUT_COLUMNS)]
-            together = max(1, config.slots // 2)
-            for first in range(0, len(places), together):
+            places = [(wave, n) for wave in range(waves) for n in range(0, config.rows, out_columns)]
+            at_once = config.slots if config.slots == len(places) else max(1, config.slots // 2)
+            for first in range(0, len(places), at_once):
                 # The pieces just before these may still be on their way out, if theirs are other slots.
                 known = first > 0 or len(places) % config.slots == 0
-                plgpu.wait_smem_to_gmem(config.slots - together if known else 0, wait_read_only=True)
-                group_places = list(enumerate(places[first : first + together], first))
+                plgpu.wait_smem_to_gmem(config.slots - at_once if known else 0, wait_read_only=True)
+                group_places = list(enumerate(places[first : first + at_once], first))
                 for place, (wave, n) in group_places:
-                    values = sums[wave][n // chunk][:, n % chunk : n % chunk + OUT_COLUMNS]
+                    values = sums[wave][n // chunk][:, n % chunk : n % chunk + out_columns]
                     out_pieces.at[group, place % config.slots][...] = values.astype(out.dtype)
                 plgpu.commit_smem()
                 for place, (wave, n) in group_places:
                     tokens = pl.ds(token + group * share + wave * HEIGHT, HEIGHT)
                     piece = out_pieces.at[group, place % config.slots]
-                    plgpu.copy_smem_to_gmem(piece, out.at[tokens, pl.ds(row + n, OUT_COLUMNS)])
+                    plgpu.copy_smem_to_gmem(piece, out.at[tokens, pl.ds(row + n, out_columns)])
 
-        def one_tile(number: jax.Array, scales: Scales) -> Scales:
-            sums = multiply(number, scales)
+        def one_tile(number: jax.Array, carry: Any) -> Any:
+            scales, parts, slot = carry
+            sums, parts, slot = multiply(number, scales, parts, slot)
             coming = load_scales(jnp.minimum(number + 1, mine - 1), jnp.int32(0))
             write(number, sums)
-            return coming
+            return coming, parts, slot
 
-        lax.fori_loop(0, mine, one_tile, load_scales(jnp.int32(0), jnp.int32(0)))
+        scales = load_scales(jnp.int32(0), jnp.int32(0))
+        plgpu.barrier_wait(full.at[0])
+        parts = [zeros(width) for _ in range(buffers)]
+        if not config.ahead:
+            parts[0] = begin(pieces[0], jnp.int32(0), parts[0])
+        _, parts, _ = lax.fori_loop(0, mine, one_tile, (scales, tuple(parts), jnp.int32(0)))
+        if not config.ahead:
+            wgmma.finish(parts[0])
         plgpu.wait_smem_to_gmem(0)
 
     lax.cond(group == config.consumers, producer, consumer)
@@ -319,6 +387,13 @@ def _launch(
 ) -> jax.Array:
     """[tokens, rows] in bfloat16. A jit of its own, so that calls of one shape share one lowering."""
     plan = Plan(Shape(x.shape[0], *w.shape), config)
+    if config.sharers > 1:
+        collective: Any = {"cluster": (config.sharers,), "cluster_names": ("sharer",)}
+        free: Any = plgpu.ClusterBarrier(
+            collective_axes=("sharer",), num_arrivals=config.consumers, num_barriers=config.stages
+        )
+    else:
+        collective, free = {}, plgpu.Barrier(num_arrivals=config.consumers, num_barriers=config.stages)
     return plgpu.kernel(
         functools.partial(_kernel, plan),
         out_type=jax.ShapeDtypeStruct((x.shape[0], w.shape[0]), jnp.bfloat16),
@@ -326,13 +401,16 @@ def _launch(
             plgpu.SMEM((config.stages, config.tokens, BLOCK), x.dtype, transforms=SWIZZLED),
             plgpu.SMEM((config.stages, config.rows, BLOCK), w.dtype, transforms=SWIZZLED),
             plgpu.SMEM(
-                (config.consumers, config.slots, HEIGHT, OUT_COLUMNS), jnp.bfloat16, transforms=SWIZZLED
+                (config.consumers, config.slots, HEIGHT, config.out_columns),
+                jnp.bfloat16,
+                transforms=(plgpu.SwizzleTransform(2 * config.out_columns),),
             ),
             plgpu.Barrier(num_arrivals=2, num_barriers=config.stages),
-            plgpu.Barrier(num_arrivals=config.consumers, num_barriers=config.stages),
+            free,
         ),
         grid=(plan.programs,),
         grid_names=("program",),
+        **collective,
         num_threads=config.consumers + 1,
         thread_name="warpgroup",
         # Only copies write what the products read, and what is copied out has its barriers already.

@@ -51,9 +51,9 @@ class Config(NamedTuple):
       rows: of the weight, of a program: 64, 128 or 256.
       splits: parts of K, for a program of a cluster each: 1, 2, 4 or 8.
       sharers: tiles of rows whose programs are in one cluster and share the tokens that they load.
-      stages: blocks of 128 columns that are under way or in use.
+      stages: that are under way or in use.
       beside: warpgroups that divide the tokens of 64 rows among them: 1 or 2.
-      early: starts while the kernel before still runs, and waits for its end before it reads anything.
+      blocks: of 128 columns, in a stage.
     """
 
     tokens: int
@@ -62,7 +62,7 @@ class Config(NamedTuple):
     sharers: int = 1
     stages: int = 8
     beside: int = 1
-    early: bool = False
+    blocks: int = 1
 
     @property
     def consumers(self) -> int:
@@ -96,13 +96,14 @@ class Config(NamedTuple):
     @property
     def registers(self) -> tuple[int, int] | None:
         """Of a thread that loads and of one that multiplies, once all know their part; None: all alike."""
-        if self.share + self.width <= 128:
+        at_start = 65536 // 128 // (self.consumers + 1) // 8 * 8  # all of a program share what these make
+        if self.share // 2 + self.width + 40 <= at_start or at_start >= 232:  # sums; two products; all else
             return None
-        return 24, min(232, (65536 // 128 - 24) // self.consumers // 8 * 8)
+        return 24, min(232, (at_start * (self.consumers + 1) - 24) // self.consumers // 8 * 8)
 
     def shared_bytes(self, steps: int) -> int:
         """Of shared memory, for so many blocks of columns in each part of K."""
-        loaded = (self.tokens + self.rows) * BLOCK * self.stages
+        loaded = (self.tokens + self.rows) * BLOCK * self.blocks * self.stages
         table = self.tables * steps * (self.share + PADDING) * 4
         received = self.consumers * (self.splits - 1) * HEIGHT * self.piece * 4
         return loaded + table + received + self.consumers * self.piece * HEIGHT * 2
@@ -150,7 +151,7 @@ def deepest(config: Config, shape: Shape, resident: int = 1) -> Config:
     steps = shape.columns // BLOCK // config.splits
     fixed, more = (config._replace(stages=n).shared_bytes(steps) for n in (0, 1))
     room = (SHARED_OF_ALL // resident - SHARED_OVERHEAD - fixed) // (more - fixed)
-    return config._replace(stages=max(0, min(steps, room, MOST_BARRIERS)))
+    return config._replace(stages=max(0, min(steps // config.blocks, room, MOST_BARRIERS)))
 
 
 # By rows and columns of the weight, by the most tokens that it is for: the fastest on an H200, among those of
@@ -246,7 +247,10 @@ def _address(ref: ir.Value, *offsets: Any) -> ir.Value:
 
 
 def _open(config: Config, arrived: Any, group: jax.Array) -> None:
-    """Makes a consumer's barrier, which opens when all has been received, and tells the cluster."""
+    """Makes a consumer's barrier, which opens when all has been received, and tells the cluster.
+
+    The fence is all that others must see; a release would wait for every memory operation before it.
+    """
 
     def emit(_, arrived: ir.Value, group: Any) -> None:
         i32 = ir.IntegerType.get_signless(32)
@@ -258,7 +262,7 @@ def _open(config: Config, arrived: Any, group: jax.Array) -> None:
             @one mbarrier.init.shared::cta.b64 [$barrier], 1;
             @one mbarrier.arrive.expect_tx.shared::cta.b64 _, [$barrier], {bytes};
             @one fence.mbarrier_init.release.cluster;
-            barrier.cluster.arrive.release;
+            barrier.cluster.arrive.relaxed;
         }}"""
         _assemble(text, "thread barrier", [_thread(), barrier])
 
@@ -363,8 +367,6 @@ def _kernel(
     x_tiles, w_tiles, table, staged, full, free, *more = scratch
     steps = shape.columns // BLOCK // config.splits
     group = lax.axis_index("warpgroup")
-    if config.early:
-        plgpu.griddepcontrol_wait()
     if config.splits > 1:
         _open(config, more[1], group)
     tile = lax.axis_index("tile") * config.sharers + lax.axis_index("sharer")
@@ -376,22 +378,24 @@ def _kernel(
         if config.registers:
             plgpu.set_max_registers(config.registers[0], action="decrease")
 
-        def one_step(step: jax.Array, slot: jax.Array) -> jax.Array:
-            @pl.when(step >= config.stages)
+        def one_stage(number: jax.Array, slot: jax.Array) -> jax.Array:
+            @pl.when(number >= config.stages)
             def _() -> None:
                 plgpu.barrier_wait(free.at[slot])
 
-            columns = pl.ds((first + step) * BLOCK, BLOCK)
-            plgpu.copy_gmem_to_smem(w.at[pl.ds(row, config.rows), columns], w_tiles.at[slot], full.at[slot])
-            plgpu.copy_gmem_to_smem(
-                x.at[pl.ds(token, config.tokens), columns],
-                x_tiles.at[slot],
-                full.at[slot],
-                collective_axes="sharer" if config.sharers > 1 else None,
-            )
+            for block in range(config.blocks):
+                columns = pl.ds((first + number * config.blocks + block) * BLOCK, BLOCK)
+                at = slot * config.blocks + block
+                plgpu.copy_gmem_to_smem(w.at[pl.ds(row, config.rows), columns], w_tiles.at[at], full.at[slot])
+                plgpu.copy_gmem_to_smem(
+                    x.at[pl.ds(token, config.tokens), columns],
+                    x_tiles.at[at],
+                    full.at[slot],
+                    collective_axes="sharer" if config.sharers > 1 else None,
+                )
             return jnp.where(slot == last, 0, slot + 1)
 
-        slot = lax.fori_loop(0, steps, one_step, jnp.int32(0))
+        slot = lax.fori_loop(0, steps // config.blocks, one_stage, jnp.int32(0))
 
         if config.splits > 1:
             _meet()
@@ -415,22 +419,35 @@ def _kernel(
         def zeros(columns: int) -> jax.Array:
             return plgpu.layout_cast(jnp.zeros((HEIGHT, columns), jnp.float32), plgpu.Layout.WGMMA)
 
-        def one_step(step: jax.Array, carry: Any) -> Any:
-            sums, part, slot = carry
-            sums = list(sums)
-            for number, start in enumerate(starts):
-                scales = table.at[place, step, pl.ds(start, config.width)]
-                factor = plgpu.load(scales, layout=TOKEN, optimized=False)
-                if number == 0:
-                    plgpu.barrier_wait(full.at[slot])
-                part = wgmma.product(w_tiles, x_tiles, slot, a_row, b_row + start, part)
-                if number == len(starts) - 1:
-                    plgpu.barrier_arrive(free.at[slot])
-                sums[number] += part * lax.broadcast_in_dim(factor, part.shape, [1])
-            return tuple(sums), part, jnp.where(slot == last, 0, slot + 1)
+        def one_stage(number: jax.Array, carry: Any) -> Any:
+            sums, parts, slot = carry
+            sums, parts = list(sums), list(parts)
+            plgpu.barrier_wait(full.at[slot])
+            products = [(block, start) for block in range(config.blocks) for start in starts]
 
-        sums = tuple(zeros(config.width) for _ in starts)
-        sums, _, _ = lax.fori_loop(0, steps, one_step, (sums, zeros(config.width), jnp.int32(0)))
+            def begin(product: tuple[int, int], spent: jax.Array) -> jax.Array:
+                block, start = product
+                at = slot * config.blocks + block
+                return wgmma.start(w_tiles, x_tiles, at, a_row, b_row + start, spent)
+
+            parts[0] = begin(products[0], parts[0])
+            for product, following in zip(products, [*products[1:], None], strict=True):
+                if following:  # the tensor core has work while this product is promoted
+                    parts[1] = begin(following, parts[1])
+                block, start = product
+                scales = table.at[place, number * config.blocks + block, pl.ds(start, config.width)]
+                factor = plgpu.load(scales, layout=TOKEN, optimized=False)
+                parts[0] = wgmma.finish(parts[0], later=1 if following else 0)
+                if not following:
+                    plgpu.barrier_arrive(free.at[slot])
+                sums[start // config.width] += parts[0] * lax.broadcast_in_dim(factor, parts[0].shape, [1])
+                if following:
+                    parts.reverse()
+            return tuple(sums), tuple(parts), jnp.where(slot == last, 0, slot + 1)
+
+        sums, parts = (tuple(zeros(config.width) for _ in each) for each in (starts, range(2)))
+        stages = steps // config.blocks
+        sums, _, _ = lax.fori_loop(0, stages, one_stage, (sums, parts, jnp.int32(0)))
         pieces = [
             sums[n // config.width][:, n % config.width : n % config.width + config.piece]
             for n in range(0, config.share, config.piece)
@@ -483,14 +500,14 @@ def _launch(
     """[tokens, rows] in bfloat16. A jit of its own, so that calls of one shape share one lowering."""
     shape = Shape(x.shape[0], *w.shape)
     steps = shape.columns // BLOCK // config.splits
-    config = config._replace(stages=min(config.stages, steps))
+    config = config._replace(stages=min(config.stages, steps // config.blocks))
     consumers, piece = config.consumers, config.piece
     scratch: list[Any] = [
-        plgpu.SMEM((config.stages, config.tokens, BLOCK), x.dtype, transforms=SWIZZLED),
-        plgpu.SMEM((config.stages, config.rows, BLOCK), w.dtype, transforms=SWIZZLED),
+        plgpu.SMEM((config.stages * config.blocks, config.tokens, BLOCK), x.dtype, transforms=SWIZZLED),
+        plgpu.SMEM((config.stages * config.blocks, config.rows, BLOCK), w.dtype, transforms=SWIZZLED),
         plgpu.SMEM((config.tables, steps, config.share + PADDING), jnp.float32),
         plgpu.SMEM((consumers, piece, HEIGHT), jnp.bfloat16, transforms=SWIZZLED),
-        plgpu.Barrier(num_arrivals=2, num_barriers=config.stages),
+        plgpu.Barrier(num_arrivals=2 * config.blocks, num_barriers=config.stages),
     ]
     if config.sharers > 1:
         scratch.append(
@@ -535,7 +552,7 @@ def block_matmul(
     config = config or config_for(shape)
     if jnp.dtype(out_dtype) != jnp.bfloat16:
         raise ValueError(f"the kernel writes bfloat16, not {jnp.dtype(out_dtype)}")
-    if columns // BLOCK % config.splits:
+    if columns // BLOCK % (config.splits * config.blocks):
         raise ValueError(f"{config} does not split {columns} columns")
     needed = config.shared_bytes(columns // BLOCK // config.splits)
     if needed > SHARED_BYTES:

@@ -3,8 +3,8 @@
 
 The released 43 or 61 layers do not fit one GPU, so a model of a few layers of each kind (SWA, CSA, HCA) is
 measured. The time of all is that of these few plus, for each layer that lacks, the time of one of its kind,
-from a program of nothing but such layers; the row says so. A step is the engine's: layers, head, the choice of
-the next token, drafts. Programs are started one after another without waiting; a step's caches are donated.
+from a program of nothing but such layers; the row says so. A step is the engine's: layers, head, the choice
+of the next token, drafts. Programs are started one after another without waiting; a step's caches are donated.
 Prefills are read in pieces, as the engine reads them, and end with the logits of the last token.
 
 Drafts: a step of k drafts reads 1 + k tokens a sequence and drafts k again. Made-up drafts never stand, which
@@ -203,7 +203,7 @@ def _decode_step(model: Model, case: Case) -> Work:
     def advance(params: Any, state: State) -> tuple[Any, State]:
         main, mtp = params
         models = Models(bind(config, OFFICIAL, main), bind_mtp(config, OFFICIAL, mtp) if drafts else None)
-        added, sequences = step(models, state["requests"], state["sequences"], drafts, config.eos_token_id)
+        added, sequences = step(models, state["requests"], state["sequences"], config.eos_token_id)
         return added.logprobs, state | {"sequences": sequences}
 
     def state() -> State:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -26,24 +27,30 @@ def median_us(run: Callable[[], Any], repeats: int = 5, inner: int = 1) -> float
 
 
 def timed(run: Callable[[], Any], calls: int, sustained_ms: float = 300) -> dict[str, float]:
-    """Microseconds of one of the `calls` in `run`: alone, and under load that lasts.
+    """Microseconds of one of the `calls` in `run`: in short runs, and under load that lasts.
 
-    `us` is the median of five runs, each waited for, as other projects time replays of a CUDA graph; starting
-    the program is taken off. `us_sustained` is of runs back to back for `sustained_ms`: a chip that draws all
-    its power lowers its clocks within some tens of milliseconds.
+    `us` is what three runs more add to one, in the median of seven tries with pauses between: as others time
+    replays of a CUDA graph by events on the device, without what starting a program costs. `us_sustained` is
+    of runs back to back for `sustained_ms`: a chip that draws all its power lowers its clocks.
     """
     jax.block_until_ready(run())
-    time.sleep(0.05)
-    alone = median_us(run) - median_us(lambda: _next(0))
-    inner = max(1, round(sustained_ms * 1e3 / alone / 4))
-    times = {"us": alone, "us_sustained": median_us(run, repeats=3, inner=inner)}
-    return {name: round(us / calls, 2) for name, us in times.items()}
+    added = []
+    for _ in range(7):
+        time.sleep(0.02)
+        one, four = (_seconds(run, runs) for runs in (1, 4))
+        added.append((four - one) / 3)
+    short = statistics.median(added)
+    runs = max(1, round(sustained_ms / 1e3 / short / 4))
+    _seconds(run, runs)
+    times = {"us": short, "us_sustained": statistics.median(_seconds(run, runs) / runs for _ in range(3))}
+    return {name: round(seconds * 1e6 / calls, 2) for name, seconds in times.items()}
 
 
-@jax.jit
-def _next(number: jax.Array) -> jax.Array:
-    """Next to nothing: what it takes is starting a program, and hearing of its end."""
-    return number + 1
+def _seconds(run: Callable[[], Any], runs: int) -> float:
+    """Of so many, started without waiting."""
+    start = time.perf_counter()
+    jax.block_until_ready([run() for _ in range(runs)])
+    return time.perf_counter() - start
 
 
 def facts() -> dict[str, str]:
@@ -75,3 +82,28 @@ def save(rows: list[dict[str, Any]], path: Path) -> None:
     kept = [row for row in old if (row["id"], row["implementation"]) not in new]
     lines = ",\n".join(json.dumps(row) for row in kept + rows)
     path.write_text(f"[\n{lines}\n]\n")
+
+
+def repeated(run: Callable[..., Any], passes: int) -> Any:
+    """A jitted function of a list of inputs and a number of rounds, each `passes` times `run` on each input.
+
+    It returns what the last pass gave. In a loop, because CUDA replays its body as one graph; a program
+    without one has new places for its results every time, for which the graph has to be made anew.
+    """
+
+    def one_pass(inputs: list[Any]) -> list[Any]:
+        return [run(*each) for each in inputs]
+
+    def one_round(_: Any, carry: tuple[list[Any], list[Any]]) -> tuple[list[Any], list[Any]]:
+        inputs, found = carry
+        for _ in range(passes):
+            # To XLA the next pass hangs on this one's results: it can neither hoist nor merge its calls.
+            inputs, found = jax.lax.optimization_barrier((inputs, one_pass(inputs)))
+        return inputs, found
+
+    def all_rounds(inputs: list[Any], rounds: jax.Array) -> list[Any]:
+        shapes = jax.eval_shape(one_pass, inputs)
+        zeros = jax.tree.map(lambda out: jnp.zeros(out.shape, out.dtype), shapes)
+        return jax.lax.fori_loop(0, rounds, one_round, (inputs, zeros))[1]
+
+    return jax.jit(all_rounds)

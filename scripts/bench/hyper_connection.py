@@ -2,7 +2,7 @@
 """Times the hyper-connections around a sub-layer, kernels and references.
 
 "boundary" is what stands between two sub-layers: `hc_post` of one, `hc_pre` of the next and its RMSNorm.
-Calls run one after the other inside one jitted program, each with streams and weights of its own: together
+Calls run one after the other inside one jitted program, on streams and weights of their own in turn: together
 more than the L2 cache holds. Launches are in the time. Every case is checked in the same run.
 
   python scripts/bench/hyper_connection.py --results scripts/bench/results/h200.json
@@ -27,9 +27,9 @@ import jax.numpy as jnp
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from harness import facts, median_us, save
+from harness import facts, repeated, save, timed
 from profile_kernels import kernel_times, print_kernel_times
-from small_ops import program, size_bytes
+from small_ops import size_bytes
 
 from dsv4_jax.config import FLASH, PRO
 from pallas_kernels.hyper_connection import hc_head, hc_post, hc_post_pre, hc_pre, reference
@@ -39,7 +39,7 @@ MODELS = {"flash": FLASH, "pro": PRO}
 COPY_BYTES_PER_S = 4.3e12  # what a plain copy reaches on an H200
 COLD_BYTES = 134e6  # of inputs between two uses of one: twice the L2 cache
 MOST_INPUTS = {"triton": 48, "reference": 2}  # the reference is many kernels, which take long to compile
-PROGRAM_US = 20_000  # how long one program of a measurement runs
+ROUND_US, PROGRAM_US = 400, 1500  # about how long a round and one program are to run
 MOST_ERROR = 1e-5  # of post and comb, relative to each number
 MOST_ROUNDED_ERROR = 1e-3  # of what is rounded to bfloat16, relative to all: some go to the other neighbour
 
@@ -197,31 +197,33 @@ class Prepared:
     def right(self) -> bool:
         return self.exact <= MOST_ERROR and self.rounded <= MOST_ROUNDED_ERROR
 
-    def time_us(self) -> float:
-        """Of one call: what more rounds take longer than one, so that starting the program does not count."""
+    @property
+    def passes(self) -> int:
+        """Over the inputs, in a round. A reference is many kernels, which take long to compile."""
+        if self.label == "reference":
+            return 1
+        return max(1, round(ROUND_US / (self.case.floor_us + 6) / len(self.inputs)))
 
-        def of(rounds: int) -> float:
-            count = jnp.int32(rounds)
-            return median_us(lambda: self.compiled(self.inputs, count), repeats=5)
-
-        once = of(1)
-        more = max(2, round(PROGRAM_US / once))
-        return (of(1 + more) - once) / (more * len(self.inputs))
-
-    def report(self) -> tuple[float, bool]:
-        us, floor = self.time_us(), self.case.floor_us
-        believed = self.right and us > 0.85 * floor
-        what = f"{self.case.id:36} {self.label:24} {us:9.2f} us  floor {floor:6.2f}"
+    def report(self) -> tuple[dict[str, float], bool]:
+        floor, calls = self.case.floor_us, self.passes * len(self.inputs)
+        rounds = max(2, round(PROGRAM_US / (floor + 6) / calls))
+        times = timed(lambda: self.compiled(self.inputs, jnp.int32(rounds)), rounds * calls)
+        believed = self.right and times["us"] > 0.85 * floor
+        what = (
+            f"{self.case.id:36} {self.label:24} {times['us']:9.2f} us, sustained {times['us_sustained']:9.2f}"
+        )
         doubt = "" if believed else "  NOT BELIEVED"
-        print(f"{what}  errors {self.exact:.1e} {self.rounded:.1e}{doubt}", flush=True)
-        return us, believed
+        print(f"{what}  floor {floor:6.2f}  errors {self.exact:.1e} {self.rounded:.1e}{doubt}", flush=True)
+        return times, believed
 
 
 def prepare(case: Case, label: str, run: Callable[..., Any]) -> Prepared:
     """Compiles and runs once, since PTX is assembled on the first run."""
     inputs = case.inputs[: MOST_INPUTS["reference" if label == "reference" else "triton"]]
-    compiled = program(run).lower(inputs, jnp.int32(1)).compile()
-    return Prepared(case, label, compiled, inputs, *case.errors(compiled(inputs, jnp.int32(1))[0]))
+    prepared = Prepared(case, label, None, inputs, 0.0, 0.0)
+    compiled = repeated(run, prepared.passes).lower(inputs, jnp.int32(1)).compile()
+    exact, rounded = case.errors(compiled(inputs, jnp.int32(1))[0])
+    return dataclasses.replace(prepared, compiled=compiled, exact=exact, rounded=rounded)
 
 
 def variants(case: Case, arguments: argparse.Namespace) -> list[tuple[str, Callable[..., Any]]]:
@@ -288,13 +290,14 @@ def main() -> int:
                     print(f"{case.id:36} {label:24} not timed: out of time")
                     continue
                 prepared = future.result()
-                us, believed = prepared.report()
+                times, believed = prepared.report()
                 wrong += not believed
                 if arguments.profile:
-                    run = functools.partial(prepared.compiled, prepared.inputs, jnp.int32(4))
-                    print_kernel_times(case.id, kernel_times(run, 4 * len(prepared.inputs)))
+                    run = functools.partial(prepared.compiled, prepared.inputs, jnp.int32(1))
+                    calls = prepared.passes * len(prepared.inputs)
+                    print_kernel_times(case.id, kernel_times(run, calls))
                 if believed and not arguments.tune:
-                    row = {"id": case.id, "implementation": label, "us": round(us, 2)}
+                    row = {"id": case.id, "implementation": label} | times
                     error = max(prepared.exact, prepared.rounded)
                     rows.append(row | {"floor_us": round(case.floor_us, 2), "rel_err": error} | here)
             for case in some:

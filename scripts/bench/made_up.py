@@ -15,17 +15,22 @@ from pallas_kernels import QuantArray, current_target
 from pallas_kernels.formats import E8M0_BIAS
 
 
-def made_up_params(config: Config, seed: int = 0, *, mtp: bool = False) -> tuple[Params, Params | None]:
+def made_up_params(
+    config: Config, seed: int = 0, *, mtp: bool = False, within: tuple[Any, ...] = (), laid_out: bool = True
+) -> tuple[Params, Params | None]:
     """Parameters of the model, and of its MTP head; None unless `mtp`.
 
-    They keep activations in range: linears ~ N(0, 1 / columns). Experts lie as `checkpoint.load` lays them
-    out for this device.
+    They keep activations in range: linears ~ N(0, 1 / columns). Only those whose path begins with `within`
+    are made. With `laid_out` they lie as `checkpoint.load` lays them out for this device.
     """
     key = jax.random.key(seed, impl="rbg")  # threefry would take minutes for a hundred gigabytes
     leaves = {}
     for parameter in parameters(config, mtp=mtp):
+        if parameter.path[: len(within)] != within:
+            continue
         leaves[parameter.path] = _numbers(parameter, config, key)
-        lay_out(leaves, parameter.path, current_target())
+        if laid_out:
+            lay_out(leaves, parameter.path, current_target())
     params = nest(leaves)
     heads = params.pop("mtp", None)
     return params, heads and heads[0]
@@ -34,18 +39,23 @@ def made_up_params(config: Config, seed: int = 0, *, mtp: bool = False) -> tuple
 def made_up_like(shapes: Any, seed: int = 0) -> Any:
     """Arrays of these shapes ~ N(0, 1), one after another, so that no more than one is there twice.
 
+    Bytes are those of a quantised array: any FP4 codes, exponents of scales of about 1.
+
     Raises:
-      TypeError: one of them is not of floating-point numbers; which codes are sound depends on the format.
+      TypeError: one of them is of neither.
     """
     key = jax.random.key(seed, impl="rbg")
 
     def of_leaf(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        name = jax.tree_util.keystr(path)
+        of_name = jax.random.fold_in(key, zlib.crc32(name.encode()))
+        if leaf.dtype == jnp.uint8 and name.endswith(".scale"):
+            return jax.random.randint(of_name, leaf.shape, E8M0_BIAS - 2, E8M0_BIAS + 1, jnp.uint8)
+        if leaf.dtype == jnp.uint8 and name.endswith(".values"):
+            return _values(of_name, leaf.shape, leaf.dtype)
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise TypeError(
-                f"{jax.tree_util.keystr(path)} is of {leaf.dtype}: no number can be made up for it"
-            )
-        name = zlib.crc32(jax.tree_util.keystr(path).encode())
-        return _normal(jax.random.fold_in(key, name), leaf.shape, leaf.dtype, 1.0)
+            raise TypeError(f"{name} is of {leaf.dtype}: no number can be made up for it")
+        return _normal(of_name, leaf.shape, leaf.dtype, 1.0)
 
     return jax.tree_util.tree_map_with_path(of_leaf, shapes)
 

@@ -4,10 +4,11 @@
 Triton and Mosaic kernels side by side, a few configurations of the latter. Each is checked in the same run:
 against the reference on a few queries, against the first of its case on all of them, and against itself, bit
 by bit. Calls run one after the other inside one jitted program; those of decoding name rows of their own,
-together more than the L2 cache holds.
+together more than the L2 cache holds. Rows are kept as the model keeps them, in FP8, or in bfloat16.
 
   python scripts/bench/sparse_attention.py --results scripts/bench/results/h200.json
-  python scripts/bench/sparse_attention.py --heads 64 128 --prefill 2048 4096
+  python scripts/bench/sparse_attention.py --heads 64 128 --prefill 2048 4096 --forms fp8
+  python scripts/bench/sparse_attention.py --turned   with the rotation of the result, as a layer calls it
   python scripts/bench/sparse_attention.py --tune     tries more candidates beside what the tables say
   python scripts/bench/sparse_attention.py --profile  shows which kernels a call consists of
 """
@@ -21,6 +22,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,13 +30,13 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from expert_cases import program, relative_error
-from harness import facts, median_us, save
+from expert_cases import relative_error
+from harness import facts, repeated, save, timed
 from profile_kernels import kernel_times, print_kernel_times
 
-from pallas_kernels import current_target
+from pallas_kernels import KeyValues, current_target, empty_kv, encode_rows
 from pallas_kernels.sparse_attention import mosaic, reference, triton
-from pallas_kernels.sparse_attention.mosaic import Config, Sizes
+from pallas_kernels.sparse_attention.mosaic_config import HEADS, PAIRS, Config, Sizes, config_for
 from pallas_kernels.sparse_attention.tilings import Tiling, tiling_for
 
 WINDOW, CHOSEN, CHANNELS = 128, 512, 512
@@ -44,7 +46,8 @@ ENTRIES = 4096  # of a prompt: those of 16k tokens
 COPY_BYTES_PER_S = 4.3e12  # what a plain copy reaches on an H200
 BF16_FLOP_PER_S = 8.04e14
 COLD_BYTES = 100e6  # of keys between two uses of one; the L2 cache holds 60 MB
-PROGRAM_US = 20_000  # how long one program of a measurement runs, so that starting it does not count
+PROGRAM_US = 3000  # about how long one is to run
+ROW_BYTES = {"bf16": 1024, "fp8": 584}
 MOST_ERROR = 4e-3  # relative: weights, parts and the result in bfloat16, each 1.7e-3 at most
 
 # Tried by --tune, by the most queries they are for: heads, keys, splits, warps, stages.
@@ -55,18 +58,18 @@ TILINGS = {
     128: "64 64 1 8 3, 64 32 1 8 3, 64 32 1 8 4, 64 64 2 8 3, 32 32 1 4 3, 16 32 1 4 3",
     4096: "64 64 1 8 3, 64 64 1 8 2, 64 32 1 8 3, 64 32 1 8 4, 32 32 1 4 3",
 }
-# Always tried, likewise. With one query the programs of many calls are so large that Mosaic's take too long.
+# Always tried, likewise.
 CONFIGS = {
-    1: [],
-    8: [Config(5, look=False)],
-    32: [Config(4, look=False), Config(4), Config(2, look=False), Config(5, look=False)],
-    128: [Config(1), Config(1, look=False), Config(2, look=False)],
-    4096: [Config(), Config(slack=0.0), Config(look=False)],
+    1: [Config(5, False, False)],
+    8: [Config(5, False, False), Config(4, True, False), Config(3, True, False)],
+    32: [Config(4, False, False), Config(3, True, False), Config(2, True, False)],
+    128: [Config(1, False, False), Config(1, False, False, 0.0)],
+    4096: [Config(slack=0.0)],
 }
 
 Variant = Tiling | Config  # of the Triton kernels, of Mosaic's
 Request = tuple[jax.Array, jax.Array, jax.Array]  # q, window_index, compressed_index
-Cache = tuple[jax.Array, jax.Array, jax.Array]  # window_kv, compressed_kv, attn_sink
+Cache = tuple[KeyValues, KeyValues, jax.Array, Any]  # window_kv, compressed_kv, attn_sink, turns or None
 
 
 @dataclasses.dataclass(eq=False)
@@ -77,14 +80,17 @@ class Case:
     batch: int
     tokens: int
     heads: int
+    form: str
+    turned: bool
 
     @property
     def id(self) -> str:
         kind, size = (
             ("decode", f"B={self.batch}") if self.kind == "decode" else ("prefill", f"T={self.tokens}")
         )
-        heads = "" if self.heads == 64 else f" H={self.heads}"
-        return f"sparse attention {kind} {size} keys={KEYS}{heads}{' from 0' * (self.kind == 'start')}"
+        more = "" if self.heads == 64 else f" H={self.heads}"
+        more += " from 0" * (self.kind == "start") + " bf16" * (self.form == "bf16") + " turned" * self.turned
+        return f"sparse attention {kind} {size} keys={KEYS}{more}"
 
     @property
     def queries(self) -> int:
@@ -94,24 +100,34 @@ class Case:
     def floor_us(self) -> float:
         """The longer of moving all keys that are named, queries and the result once, and of the products."""
         named = self.batch * KEYS if self.kind == "decode" else WINDOW + self.tokens + ENTRIES
-        bytes_ = 2 * CHANNELS * (named + 2 * self.queries * self.heads) + 4 * self.queries * KEYS
+        bytes_ = ROW_BYTES[self.form] * named + 4 * self.queries * (self.heads * CHANNELS + KEYS)
         present = self.queries * KEYS if self.kind != "start" else int(_present(self.tokens).sum())
         flop = 4 * self.heads * present * CHANNELS
         return max(bytes_ / COPY_BYTES_PER_S, flop / BF16_FLOP_PER_S) * 1e6
 
     @functools.cached_property
     def sets(self) -> int:
-        return max(2, math.ceil(COLD_BYTES / (self.batch * KEYS * 2 * CHANNELS))) if self.tokens == 1 else 1
+        if self.tokens > 1:
+            return 1
+        return max(2, math.ceil(COLD_BYTES / (self.batch * KEYS * ROW_BYTES[self.form])))
 
     @functools.cached_property
     def cache(self) -> Cache:
         rows, entries = self.tokens + WINDOW - 1, ENTRIES
         if self.kind == "decode":
             rows, entries = self.sets * WINDOW, self.sets * CHOSEN
-        keys = jax.random.split(jax.random.key(self.queries, impl="rbg"), 3)
-        window_kv = jax.random.normal(keys[0], (self.batch, rows, CHANNELS), jnp.bfloat16)
-        compressed_kv = jax.random.normal(keys[1], (self.batch, entries, CHANNELS), jnp.bfloat16)
-        return window_kv, compressed_kv, jax.random.normal(keys[2], (self.heads,))
+        keys = jax.random.split(jax.random.key(self.queries, impl="rbg"), 4)
+
+        @functools.partial(jax.jit, static_argnums=1)
+        def made_up(key: jax.Array, slots: int) -> KeyValues:
+            format, dtype = "fp8_block64" if self.form == "fp8" else None, jnp.bfloat16
+            numbers = jax.random.normal(key, (self.batch, slots, CHANNELS), dtype)
+            return encode_rows(numbers, empty_kv(self.batch, slots, CHANNELS, format, 2 * PAIRS, dtype))
+
+        angles = jax.random.uniform(keys[3], (self.batch, self.tokens, PAIRS), maxval=1e4)
+        turns = (jnp.cos(angles), jnp.sin(angles)) if self.turned else None
+        sinks = jax.random.normal(keys[2], (self.heads,))
+        return made_up(keys[0], rows), made_up(keys[1], entries), sinks, turns
 
     @functools.cached_property
     def requests(self) -> list[Request]:
@@ -137,35 +153,51 @@ class Case:
             compressed_index = jnp.where(jnp.arange(CHOSEN) < chosen, compressed_index, -1)
         return q, window_index[None], compressed_index
 
-    def rounds(self, guess_us: float) -> int:
-        return max(1, round(PROGRAM_US / (guess_us * self.sets)))
+    @property
+    def rounds(self) -> int:
+        return max(2, round(PROGRAM_US / (self.floor_us + 5) / self.sets))
 
     def error(self, out: jax.Array) -> float:
         """Relative to the reference in float32, for the first, the middle and the last query."""
-        q, window_index, compressed_index = self.requests[0]
-        window_kv, compressed_kv, sink = self.cache
-        batches = jnp.array(sorted({0, self.batch // 2, self.batch - 1}))
-        tokens = jnp.array(sorted({0, self.tokens // 2, self.tokens - 1}))
+        return relative_error(self._some(out).astype(jnp.float32), self._expected)
 
-        def some(array: jax.Array) -> jax.Array:
-            return array[batches][:, tokens]
+    @functools.cached_property
+    def _expected(self) -> jax.Array:
+        @jax.jit
+        def expected(request: Request, cache: Cache) -> jax.Array:
+            q, window_index, compressed_index = map(self._some, request)
+            window_kv, compressed_kv, sink, turns = cache
+            window_kv, compressed_kv, turns = jax.tree.map(
+                self._of_batches, (window_kv, compressed_kv, turns)
+            )
+            turns = jax.tree.map(self._of_tokens, turns)
+            keys = window_kv, window_index, compressed_kv, compressed_index
+            return reference.sparse_attention(q.astype(jnp.float32), *keys, sink, turns, SCALE)
 
-        expected = reference.sparse_attention(
-            some(q).astype(jnp.float32),
-            *(window_kv[batches], some(window_index), compressed_kv[batches], some(compressed_index)),
-            *(sink, SCALE),
-        )
-        return relative_error(some(out).astype(jnp.float32), expected)
+        return expected(self.requests[0], self.cache)
+
+    def _some(self, array: jax.Array) -> jax.Array:
+        return self._of_tokens(self._of_batches(array))
+
+    def _of_batches(self, array: jax.Array) -> jax.Array:
+        return array[jnp.array(sorted({0, self.batch // 2, self.batch - 1}))]
+
+    def _of_tokens(self, array: jax.Array) -> jax.Array:
+        return array[:, jnp.array(sorted({0, self.tokens // 2, self.tokens - 1}))]
 
     def prepare(self, variant: Variant):
         """A program of many calls, how many, the result of one and its error; runs the op twice."""
         # A jitted function is lowered once, however often the program calls it.
-        run = jax.jit(functools.partial(attend, variant=variant))
-        out, again = (run(self.requests[0], self.cache) for _ in range(2))
+        one = jax.jit(functools.partial(attend, variant=variant))
+
+        def run(requests: list[Request], cache: Cache) -> list[jax.Array]:
+            return [one(request, cache) for request in requests]
+
+        out, again = (one(self.requests[0], self.cache) for _ in range(2))
         error = self.error(out) if (out == again).all() else float("nan")
-        rounds = self.rounds(2 * self.floor_us + 8)
-        compiled = program(run, rounds).lower(self.requests, self.cache).compile()
-        return functools.partial(compiled, self.requests, self.cache), rounds * self.sets, out, error
+        inputs, rounds = [(self.requests, self.cache)], jnp.int32(self.rounds)
+        compiled = repeated(run, 1).lower(inputs, rounds).compile()
+        return functools.partial(compiled, inputs, rounds), self.rounds * self.sets, out, error
 
 
 def _present(tokens: int) -> np.ndarray:
@@ -176,8 +208,8 @@ def _present(tokens: int) -> np.ndarray:
 
 def attend(request: Request, cache: Cache, variant: Variant) -> jax.Array:
     q, window_index, compressed_index = request
-    window_kv, compressed_kv, sink = cache
-    arguments = (q, window_kv, window_index, compressed_kv, compressed_index, sink, SCALE)
+    window_kv, compressed_kv, sink, turns = cache
+    arguments = (q, window_kv, window_index, compressed_kv, compressed_index, sink, turns, SCALE)
     if isinstance(variant, Config):
         return mosaic.sparse_attention(*arguments, variant)
     return triton.sparse_attention(*arguments, variant)
@@ -193,9 +225,9 @@ def difference(out: jax.Array, other: jax.Array) -> jax.Array:
 
 def tables(case: Case) -> dict[str, Variant]:
     """What each implementation would choose."""
-    sizes = Sizes(case.batch, case.tokens, case.heads // mosaic.HEADS, 0, WINDOW, ENTRIES, CHOSEN)
+    sizes = Sizes(case.batch, case.tokens, case.heads // HEADS, 0, WINDOW, ENTRIES, CHOSEN)
     tiling = tiling_for(current_target().arch, case.queries, case.heads, KEYS)
-    return {"triton": tiling, "mosaic": mosaic.config_for(sizes)}
+    return {"triton": tiling, "mosaic": config_for(sizes)}
 
 
 def variants(case: Case, tune: bool) -> list[Variant]:
@@ -214,62 +246,76 @@ def main() -> int:
     parser.add_argument("--decode", type=int, nargs="*", default=[1, 8, 32, 128], help="batch sizes")
     parser.add_argument("--prefill", type=int, nargs="*", default=[4096], help="prompt lengths")
     parser.add_argument("--heads", type=int, nargs="*", default=[64])
+    parser.add_argument("--forms", nargs="*", choices=list(ROW_BYTES), default=list(ROW_BYTES))
+    parser.add_argument("--turned", action="store_true", help="turn results back by their angles")
+    parser.add_argument("--mosaic-only", action="store_true", help="leave the Triton kernels out")
     parser.add_argument(
         "--tune", action="store_true", help="time candidate tilings too; saves no row of them"
     )
     parser.add_argument("--profile", action="store_true", help="print the kernels of a call and their times")
-    parser.add_argument("--seconds", type=float, default=75, help="start no new case after so long")
     parser.add_argument("--results", type=Path, help="JSON file to add rows to")
     arguments = parser.parse_args()
     # Calls that do not depend on each other must not run side by side, as they never do in a model.
-    flags = "--xla_gpu_command_buffer_scheduling_mode=SERIALIZE"
+    flags = "--xla_gpu_command_buffer_scheduling_mode=SERIALIZE --xla_gpu_autotune_level=0"
     os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}"
     started = time.perf_counter()
 
     # Prompts take the same kernel whatever the number of groups of 64 heads.
-    kinds = [(kind, tokens) for kind in ("prefill", "start") for tokens in arguments.prefill]
-    cases = [Case(kind, 1, tokens, min(arguments.heads)) for kind, tokens in kinds]
-    cases += [Case("decode", batch, 1, heads) for heads in arguments.heads for batch in arguments.decode]
-    rows, wrong, here = [], 0, facts()
+    kinds = [("decode", batch, 1, heads) for heads in arguments.heads for batch in arguments.decode]
+    kinds += [
+        (kind, 1, tokens, min(arguments.heads))
+        for kind in ("prefill", "start")
+        for tokens in arguments.prefill
+    ]
+    cases = [Case(*kind, form, arguments.turned) for kind in kinds for form in arguments.forms]
+    some = [
+        (case, variant)
+        for case in cases
+        for variant in variants(case, arguments.tune)
+        if isinstance(variant, Config) or not arguments.mosaic_only
+    ]
     with ThreadPoolExecutor(16) as pool:
-        for case in cases:
-            if time.perf_counter() - started > arguments.seconds:
-                print(f"# stopped before {case.id}: out of time", flush=True)
-                break
-            jax.block_until_ready((case.requests, case.cache))
-            some, chosen = variants(case, arguments.tune), tables(case)
-            futures = [pool.submit(case.prepare, some[0])]
-            futures[0].exception()  # waits: the first also imports what all of them share
-            futures += [pool.submit(case.prepare, each) for each in some[1:]]
-            # All are compiled before any is timed: a compiling host disturbs the clock.
-            failures = [future.exception() for future in futures]
-            for variant, future, failure in zip(some, futures, failures, strict=True):
-                name = "mosaic" if isinstance(variant, Config) else "triton"
-                what = f"{case.id:48} {name} {' '.join(map(str, variant)):15}"
-                if failure:  # one that does not fit the chip is a result too, unless it is the table's
-                    wrong += variant == chosen[name]
-                    print(f"{what} {type(failure).__name__} {str(failure)[:150]}", flush=True)
-                    continue
-                prepared, calls, out, error = future.result()
-                off = float(difference(out, futures[0].result()[2])) if not failures[0] else 0.0
-                us = median_us(prepared, repeats=5) / calls
-                right = error <= MOST_ERROR and off <= 2 * MOST_ERROR
-                wrong += not right
-                doubt = "" if right and us > 0.85 * case.floor_us else "  NOT BELIEVED"
-                print(
-                    f"{what} {us:9.2f} us  floor {case.floor_us:7.2f}  error {error:.1e} {off:.1e}{doubt}",
-                    flush=True,
-                )
-                if variant == chosen[name]:
-                    row = {"id": case.id, "implementation": name, "us": round(us, 2)}
-                    row |= {"floor_us": round(case.floor_us, 2), "rel_err": error, "tiling": list(variant)}
-                    rows += [row | here] if not doubt else []
-                    if arguments.profile:
-                        print_kernel_times(case.id, kernel_times(prepared, calls))
-            del case.cache, case.requests  # makes room for the next case
-            print(f"# {case.id}: {time.perf_counter() - started:.0f} s", flush=True)
-    if arguments.results:
-        save(rows, arguments.results)
+        # All are compiled before any is timed: a compiling host disturbs the clock.
+        jax.block_until_ready([(case.requests, case.cache) for case in cases])
+        futures = [pool.submit(some[0][0].prepare, some[0][1])]
+        futures[0].exception()  # waits: the first also imports what all of them share
+        futures += [pool.submit(case.prepare, variant) for case, variant in some[1:]]
+        prepared = {
+            each: future for each, future in zip(some, futures, strict=True) if not future.exception()
+        }
+        for (case, variant), future in zip(some, futures, strict=True):
+            if failure := future.exception():  # one that does not fit the chip is a result too
+                print(f"{case.id} {variant} {type(failure).__name__} {str(failure)[:150]}", flush=True)
+    print(f"# compiled; {time.perf_counter() - started:.0f} s", flush=True)
+
+    rows, wrong, here = [], 0, facts()
+    for case in cases:
+        chosen, first = tables(case), None
+        for variant in (variant for each, variant in some if each is case):
+            name = "mosaic" if isinstance(variant, Config) else "triton"
+            if (case, variant) not in prepared:
+                wrong += variant == chosen[name]
+                continue
+            run, calls, out, error = prepared.pop((case, variant)).result()
+            first = out if first is None else first
+            times, off = timed(run, calls), float(difference(out, first))
+            right = error <= MOST_ERROR and off <= 2 * MOST_ERROR
+            wrong += not right
+            doubt = "" if right and times["us"] > 0.85 * case.floor_us else "  NOT BELIEVED"
+            mark = "*" if variant == chosen[name] else " "
+            print(
+                f"{case.id:48} {name} {' '.join(map(str, variant)):20}{mark} {times['us']:8.2f} us, sustained"
+                f" {times['us_sustained']:8.2f}, floor {case.floor_us:7.2f}, error {error:.1e} {off:.1e}{doubt}",
+                flush=True,
+            )
+            if variant == chosen[name] and not doubt:
+                row = {"id": case.id, "implementation": name, **times}
+                row |= {"floor_us": round(case.floor_us, 2), "rel_err": error, "tiling": list(variant)}
+                rows.append(row | here)
+                if arguments.profile:
+                    print_kernel_times(case.id, kernel_times(run, calls))
+        if arguments.results:
+            save(rows, arguments.results)
     return 1 if wrong else 0
 
 

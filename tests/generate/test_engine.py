@@ -36,7 +36,7 @@ def engine(tiny_fp4, shallow, request) -> Engine:
 
 
 def made_up(count: int, seed: int = 0) -> list[tuple[list[int], SamplingParams]]:
-    """Requests of all lengths, some greedy, some not."""
+    """Requests of all lengths and all kinds of sampling."""
     random = np.random.default_rng(seed)
     return [
         (
@@ -44,6 +44,7 @@ def made_up(count: int, seed: int = 0) -> list[tuple[list[int], SamplingParams]]
             SamplingParams(
                 max_tokens=int(random.integers(1, 20)),
                 temperature=float(random.choice([0.0, 0.8])),
+                top_k=int(random.choice([0, 5])),
                 seed=number,
                 ignore_eos=True,
             ),

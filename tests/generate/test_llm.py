@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dsv4_jax.compiles import count_compiles
 from dsv4_jax.errors import MemoryPlanError, RequestError, TokenizerError
@@ -189,6 +189,7 @@ def test_text_goes_in_and_comes_out_where_there_is_a_tokenizer(tmp_path):
     shutil.copytree(GOLDEN, folder)
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
     bpe.train_from_iterator(["the quick brown fox jumps over the lazy dog"], trainer)

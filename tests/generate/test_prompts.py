@@ -1,14 +1,13 @@
 """Prompts of token ids, files of prompts, and the rows written for them."""
 
 import json
-import os
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv4_jax.errors import OutputError, RequestError
-from dsv4_jax.prompts import check_prompt, read_prompts, write_rows
+from dsv4_jax.errors import RequestError
+from dsv4_jax.prompts import check_prompt, read_prompts
 from dsv4_jax.sampling import SamplingParams
 
 
@@ -107,6 +106,27 @@ def test_every_sampling_key_reaches_the_parameters(path):
     assert row.sampling(SamplingParams()) == SamplingParams(**overrides)
 
 
+def test_a_row_may_be_a_conversation(path):
+    messages = [{"role": "user", "content": "hi"}]
+    path.write_text(json.dumps({"messages": messages, "thinking": True, "stop": ["a", "b"]}))
+
+    (row,) = read_prompts(path)
+
+    assert row.prompt == messages
+    assert row.chat == {"thinking": True}
+    assert row.sampling(SamplingParams()).stop == ("a", "b")
+
+
+def test_bad_lines_may_be_left_aside(path):
+    path.write_text('{"prompt": "a"}\nnot JSON\n{"prompt": ""}\n{"id": 1, "prompt": "c"}\n{"prompt": "d"}\n')
+    told = []
+
+    rows = read_prompts(path, told.append)
+
+    assert [row.prompt for row in rows] == ["a", "d"]
+    assert [str(error).partition(" ")[0] for error in told] == [f"{path}:{line}:" for line in (2, 3, 4)]
+
+
 def test_byte_order_mark_windows_line_ends_and_blank_lines_are_accepted(path):
     path.write_bytes(b'\xef\xbb\xbf{"prompt": "one"}\r\n\r\n  \n{"prompt": "three\\n"}\r\n\n')
 
@@ -133,10 +153,10 @@ def test_a_line_separator_inside_a_prompt_does_not_split_the_line(path):
         (b'["a"]', 'is not an object but list (such as {"prompt": "Hello"})'),
         (
             b'{"prompt": "a", "max_token": 3}',
-            "unknown key 'max_token' (known are id, prompt, tokens, max_tokens,",
+            "unknown key 'max_token' (known are id, prompt, tokens, messages, max_tokens,",
         ),
-        (b'{"id": "a"}', 'must have either "prompt" or "tokens"'),
-        (b'{"prompt": "a", "tokens": [1]}', 'must have either "prompt" or "tokens"'),
+        (b'{"id": "a"}', 'must have either "prompt" or "tokens" or "messages"'),
+        (b'{"prompt": "a", "tokens": [1]}', 'must have either "prompt" or "tokens" or "messages"'),
         (b'{"prompt": ""}', "prompt is empty"),
         (b'{"prompt": [1, 2]}', 'prompt must be text, got list (ids go under "tokens")'),
         (b'{"tokens": []}', "tokens is empty"),
@@ -146,6 +166,15 @@ def test_a_line_separator_inside_a_prompt_does_not_split_the_line(path):
         (b'{"prompt": "a", "top_p": 1.5}', "top_p must be in (0, 1], got 1.5."),
         (b'{"prompt": "a", "temperature": NaN}', "temperature must be a finite number >= 0, got nan."),
         (b'{"prompt": "a", "seed": null}', "seed must be an integer in [0, 2**32), got None."),
+        (b'{"messages": []}', "messages must be a list of messages, not empty"),
+        (b'{"messages": [{"role": "robot"}]}', "messages[0]: unknown role 'robot'"),
+        (
+            b'{"messages": [{"role": "user", "content": "a"}], "thinking": 1}',
+            "thinking must be true or false",
+        ),
+        (b'{"messages": [{"role": "user", "content": "a"}], "effort": "x"}', "effort must be one of auto,"),
+        (b'{"prompt": "a", "thinking": true}', "'thinking' goes with \"messages\""),
+        (b'{"prompt": "a", "stop": ""}', "stop must be texts that are not empty, got ''."),
         (b'{"id": 1.5, "prompt": "a"}', "id must be text or an integer, got float"),
         (b'{"id": true, "prompt": "a"}', "id must be text or an integer, got bool"),
         (b'{"id": null, "prompt": "a"}', "id must be text or an integer, got NoneType"),
@@ -198,83 +227,3 @@ def test_a_prompt_file_that_cannot_be_read_is_named(tmp_path, name, reason):
 
     assert str(tmp_path) in caught.value.message
     assert caught.value.exit_code == 66
-
-
-def test_rows_are_written_one_a_line_and_read_back(tmp_path):
-    rows = [{"id": "a", "text": "two\nlines, 日本"}, {"id": 2, "tokens": [1, 2]}]
-
-    write_rows(tmp_path / "out.jsonl", iter(rows))
-
-    data = (tmp_path / "out.jsonl").read_bytes()
-    assert [json.loads(line) for line in data.splitlines()] == rows
-    assert "日本".encode() in data
-    assert data.endswith(b"}\n")
-
-
-def test_an_existing_file_is_replaced_only_after_success(tmp_path):
-    out = tmp_path / "out.jsonl"
-    out.write_text("old\n")
-
-    def failing():
-        yield {"id": 1}
-        raise FileNotFoundError("the model is gone")
-
-    with pytest.raises(FileNotFoundError, match="the model is gone"):
-        write_rows(out, failing())
-    kept = out.read_text()
-    write_rows(str(out), [])
-
-    assert kept == "old\n"
-    assert out.read_text() == ""
-    assert list(tmp_path.iterdir()) == [out]  # nothing unfinished stays behind
-
-
-def test_a_symbolic_link_is_written_through(tmp_path):
-    (tmp_path / "link").symlink_to(tmp_path / "real")
-
-    write_rows(tmp_path / "link", [{"id": 1}])
-
-    assert (tmp_path / "link").is_symlink()
-    assert json.loads((tmp_path / "real").read_text()) == {"id": 1}
-
-
-def assert_not_written(path, reason):
-    taken = []
-
-    with pytest.raises(OutputError, match=reason) as caught:
-        write_rows(path, (taken.append(row) or {} for row in range(3)))
-
-    assert str(path) in caught.value.message
-    assert caught.value.exit_code == 73
-    assert not taken  # refused before any work is done
-
-
-def test_a_missing_folder_is_refused_before_the_first_row(tmp_path):
-    assert_not_written(tmp_path / "nowhere" / "out.jsonl", "cannot be written: No such file or directory")
-
-
-def test_a_folder_and_a_device_are_not_files_to_write(tmp_path):
-    assert_not_written(tmp_path, "is not an ordinary file")
-    assert_not_written(os.devnull, "is not an ordinary file")
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_read_only_folder_is_refused_before_the_first_row(tmp_path):
-    tmp_path.chmod(0o555)
-
-    assert_not_written(tmp_path / "out.jsonl", "cannot be written: Permission denied")
-
-
-def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
-    out = tmp_path / "out.jsonl"
-    out.write_text("old\n")
-
-    def no_room(_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", no_room)
-    with pytest.raises(OutputError, match="cannot be written: No space left on device"):
-        write_rows(out, [{"id": 1}])
-
-    assert out.read_text() == "old\n"
-    assert list(tmp_path.iterdir()) == [out]

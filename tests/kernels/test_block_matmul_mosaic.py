@@ -96,6 +96,9 @@ def plain_product(a: Any, b: Any, slot: Any, a_row: Any, b_row: Any, spent: jax.
         ((300, 256, 256), Config(256, 128, stages=2, slots=4), 1, F32),
         ((257, 256, 128), Config(128, 256, stages=2), 2, U8),
         ((400, 200, 384), Config(192, 128, stages=2, consumers=3), 2, U8),
+        ((140, 400, 1024), Config(128, 192, stages=3, slots=6, ahead=True), 2, U8),
+        ((140, 264, 640), Config(128, 128, stages=2, ahead=True), 1, F32),
+        ((300, 520, 256), Config(256, 128, stages=2, sharers=2), 2, U8),
     ],
     ids=[
         "tiles across blocks of scales",
@@ -103,10 +106,14 @@ def plain_product(a: Any, b: Any, slot: Any, a_row: Any, b_row: Any, spent: jax.
         "float32 scales",
         "wide tiles",
         "three warpgroups",
+        "two products on their way",
+        "two of one width, an odd number of steps",
+        "tiles that share tokens",
     ],
 )
 def test_the_interpreter_agrees_with_the_reference(shape, config, programs, scale, monkeypatch):
-    monkeypatch.setattr(wgmma, "product", plain_product)
+    monkeypatch.setattr(wgmma, "start", plain_product)
+    monkeypatch.setattr(wgmma, "finish", lambda sums, later=0: sums)
     # Fewer programs than tiles: each works on several.
     monkeypatch.setattr(mosaic, "MULTIPROCESSORS", programs)
     x, weight = numbers(*shape, scale=scale)

@@ -110,7 +110,7 @@ def run_tile(config, shape, weight: ExpertTiles, planned: Plan, tile: int, value
     for row in range(0, shape.rows, config.rows * turns):
         item = kernel.Item(tile, expert, row, start, start, count)
         shared = Space()
-        groups = [Warpgroup(shared, memory) for _ in range(config.consumers)]
+        groups = [Warpgroup(shared.bytes, memory.bytes) for _ in range(config.consumers)]
         staged = shared.place(np.zeros(1 << 16, np.uint8))
         for turn in range(turns):
             first_row = (row + turn * config.rows) // 64
@@ -269,7 +269,7 @@ def test_a_block_that_is_no_number_gets_a_scale_that_is_none():
     places = {"out": np.full(128, out, np.uint64), "scales": np.full(128, scales, np.uint64)}
 
     with np.errstate(invalid="ignore"):
-        Warpgroup(shared, memory).run(kernel.ptx.quant_ptx(config), operands | places)
+        Warpgroup(shared.bytes, memory.bytes).run(kernel.ptx.quant_ptx(config), operands | places)
 
     found = memory.read(scales, np.zeros(16, np.float32))
     expected = np.asarray(quantize(jnp.asarray(numbers), "fp8_token128").scale)[:, 0]

@@ -58,7 +58,7 @@ def run_item(config, shape, weight, exponents, item, x, order, weights, result: 
     end, number, slot = shared.end, 1, 2
     tiles = np.asarray(weight)[item.expert, item.row // 64]
     for group in range(config.consumers):
-        warpgroup = Warpgroup(shared, memory)
+        warpgroup = Warpgroup(shared.bytes, memory.bytes)
         found = kernel.load_places(config, shape, total, item, group)
         more = {"values": operand(values + found.pop("values"))}
         more |= {"scales": operand(scales + found.pop("scales")), "thread": operand(THREADS)}
@@ -81,7 +81,7 @@ def run_item(config, shape, weight, exponents, item, x, order, weights, result: 
             operands = {name: warpgroup.registers[f"${name}"] for name in sums}
         place = parts + kernel.part_place(config, total, number, group, LANE)
         warpgroup.run(kernel.ptx.part_ptx(config), operands | {"part": operand(place)})
-    finisher = Warpgroup(shared, memory)
+    finisher = Warpgroup(shared.bytes, memory.bytes)
     more = addresses(kernel.finish_places(shape, total, item, LANE), at, np.uint64)
     more |= {"weights": np.full(128, at["weights"], np.uint64), "thread": operand(THREADS)}
     more |= {"count": operand(item.real)}

@@ -70,11 +70,11 @@ def made_up(batch, tokens, entries, quantized=False, heads=HEADS, channels=CHANN
 
 
 def best(row, visible, count):
-    """Indices of the best by the bits of the scores, which tell -0.0 from 0.0; NaN first, -infinity never."""
+    """The best by the bits of the scores, which tell -0.0 from 0.0: NaN first, -infinity never; in order."""
     bits = np.int64(np.float32(row).view(np.int32))
     rank = np.where(bits < 0, -(bits & 0x7FFFFFFF) - 1, bits)[:visible]
     order = np.argsort(-rank, kind="stable")[:count]
-    order = order[row[order] != -np.inf]
+    order = np.sort(order[row[order] != -np.inf])
     return [*order, *[-1] * (count - len(order))]
 
 

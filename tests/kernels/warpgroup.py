@@ -1,7 +1,7 @@
-"""A warpgroup as a small emulator of PTX, written after the PTX manual: what the Mosaic kernels' text does.
+"""A small emulator of a warpgroup, written after the PTX manual, for PTX that a test wants to see computed.
 
-Fragments of `wgmma` and `stmatrix`, the 128-byte swizzle, and that nobody may touch a product before it was
-waited for. No branches.
+It knows straight text: fragments of `wgmma` in E4M3 and of `stmatrix`, the 128-byte swizzle, and that nobody
+may touch a product before it was waited for.
 """
 
 import re
@@ -9,6 +9,8 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+
+THREADS = 128
 
 
 class Space:
@@ -49,12 +51,12 @@ class Warpgroup:
       arrived: threads by what they counted up by `red`: (thread, address, the largest number).
     """
 
-    def __init__(self, shared: Space, memory: Space):
-        self.shared, self.memory = shared.bytes, memory.bytes
+    def __init__(self, shared: np.ndarray, memory: np.ndarray):
+        self.shared, self.memory = shared, memory
         self.registers: dict[str, np.ndarray] = {}
         self.pending: list[dict[str, np.ndarray]] = []  # groups of products under way
         self.issued: dict[str, np.ndarray] = {}
-        self.lane = np.arange(128)
+        self.lane = np.arange(THREADS)
         self.arrived: list[tuple[int, int, int]] = []
 
     def run(self, text: str, operands: dict[str, np.ndarray]) -> None:
@@ -66,7 +68,7 @@ class Warpgroup:
         assert not self.issued
 
     def step(self, line: str) -> None:
-        real = np.ones(128, bool)
+        real = np.ones(THREADS, bool)
         if match := re.match(r"@(\w+) (.*)", line):
             real, line = self.registers[match[1]], match[2]
         name, _, rest = line.partition(" ")
@@ -90,9 +92,9 @@ class Warpgroup:
 
     def read(self, name: str, kind: Any = np.uint32) -> np.ndarray:
         if re.fullmatch(r"-?(0x[0-9A-Fa-f]+|\d+)", name):
-            return np.full(128, int(name, 0) % (1 << 8 * np.dtype(kind).itemsize), kind)
+            return np.full(THREADS, int(name, 0) % (1 << 8 * np.dtype(kind).itemsize), kind)
         if name.startswith("0f"):
-            return np.full(128, int(name[2:], 16), np.uint32).view(np.float32)
+            return np.full(THREADS, int(name[2:], 16), np.uint32).view(np.float32)
         assert not any(name in group for group in (*self.pending, self.issued)), f"{name} is under way"
         value = self.registers[name]
         return value.view(kind) if value.dtype.itemsize == np.dtype(kind).itemsize else value.astype(kind)
@@ -114,14 +116,19 @@ class Warpgroup:
         if operation == "shfl":
             assert name[1:3] == ["sync", "bfly"]
             return self.write(target, self.read(sources[0])[self.lane ^ int(sources[1])])
+        if operation == "setp":
+            found = COMPARISONS[name[1]](
+                *(self.read(each, TYPES.get(kind, np.uint32)) for each in sources[:2])
+            )
+            return self.write(target, found & self.registers[sources[2]] if name[2] == "and" else found)
+        if operation == "not":
+            return self.write(target, ~self.read(sources[0], bool))
         if operation == "selp":
-            chosen = self.read(sources[2], bool)
-            return self.write(target, np.where(chosen, self.read(sources[0]), self.read(sources[1])))
-        types = {"f32": np.float32, "u64": np.uint64, "s64": np.uint64, "pred": bool}
-        values = [self.read(each, types.get(kind, np.uint32)) for each in sources]
-        key = ".".join(name[:2]) if operation == "setp" or kind == "u16x2" else operation
-        with np.errstate(over="ignore"):
-            self.write(target, OPERATIONS[key](*values))
+            first, second = (self.read(each, TYPES.get(kind, np.uint32)) for each in sources[:2])
+            return self.write(target, np.where(self.registers[sources[2]], first, second))
+        values = [self.read(each, TYPES.get(kind, np.uint32)) for each in sources]
+        with np.errstate(over="ignore", invalid="ignore"):
+            self.write(target, OPERATIONS["max.u16x2" if kind == "u16x2" else operation](*values))
 
     def repack(self, kind: str, target: str, source: str) -> None:
         """`mov` of two registers to one twice as wide, or back."""
@@ -171,7 +178,7 @@ class Warpgroup:
                 kind = np.uint16 if width == 2 else np.uint32
                 space[where] = self.read(register, kind)[real, None].copy().view(np.uint8)
                 continue
-            value = np.zeros((128, 4), np.uint8)
+            value = np.zeros((THREADS, 4), np.uint8)
             if not real.all() and register in self.registers:
                 value[:] = self.read(register)[:, None].copy().view(np.uint8)
             value[real, :width], value[real, width:] = space[where], 0
@@ -209,7 +216,7 @@ class Warpgroup:
         tokens = e4m3(self.shared[linear ^ (linear >> 7 & 7) << 4])
         weights = np.zeros((64, 32), np.float32)
         for n, register in enumerate(operand):
-            values = e4m3(self.read(register).copy().view(np.uint8).reshape(128, 4))
+            values = e4m3(self.read(register).copy().view(np.uint8).reshape(THREADS, 4))
             rows = self.lane // 32 * 16 + self.lane % 32 // 4 + 8 * (n % 2)
             columns = self.lane % 4 * 4 + 16 * (n // 2)
             weights[rows[:, None], columns[:, None] + np.arange(4)] = values
@@ -241,11 +248,15 @@ def bf16_bits(values: np.ndarray) -> np.ndarray:
 
 
 def permuted(low: np.ndarray, high: np.ndarray, which: np.ndarray) -> np.ndarray:
-    both, found = low.astype(np.uint64) | high.astype(np.uint64) << np.uint64(32), np.zeros(128, np.uint64)
+    both, found = (
+        low.astype(np.uint64) | high.astype(np.uint64) << np.uint64(32),
+        np.zeros(THREADS, np.uint64),
+    )
     for n in range(4):
-        nibble = which.astype(np.uint64) >> np.uint64(4 * n) & np.uint64(15)
-        assert (nibble < 8).all()
-        found |= (both >> nibble * np.uint64(8) & np.uint64(255)) << np.uint64(8 * n)
+        digit = which.astype(np.uint64) >> np.uint64(4 * n) & np.uint64(15)
+        byte = both >> (digit & np.uint64(7)) * np.uint64(8) & np.uint64(255)
+        sign = np.where(byte & np.uint64(128), 255, 0).astype(np.uint64)
+        found |= np.where(digit & np.uint64(8), sign, byte) << np.uint64(8 * n)
     return found.astype(np.uint32)
 
 
@@ -258,12 +269,10 @@ def larger_halves(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.maximum(a >> 16, b >> 16) << 16 | np.maximum(a & 0xFFFF, b & 0xFFFF)
 
 
+TYPES = {"f32": np.float32, "s32": np.int32, "u64": np.uint64, "s64": np.uint64, "pred": bool}
+COMPARISONS = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "gt": np.greater, "ge": np.greater_equal}
 OPERATIONS = {
-    "setp.gt": np.greater,
-    "setp.ge": np.greater_equal,
-    "setp.ne": np.not_equal,
-    "setp.eq": np.equal,
-    "setp.lt": np.less,
+    "abs": np.abs,
     "mad": lambda a, b, c: a * b + c,
     "fma": lambda a, b, c: a * b + c,
     "mul": np.multiply,
@@ -278,7 +287,7 @@ OPERATIONS = {
     "xor": np.bitwise_xor,
     "shl": np.left_shift,
     "shr": np.right_shift,
-    "bfe": lambda a, first, width: a >> first & ((1 << width) - 1),
+    "bfe": lambda a, first, width: a >> first & ((1 << width) - 1).astype(np.uint32),
     "prmt": permuted,
     "lop3": lop3,
     "mov": lambda a: a,

@@ -16,7 +16,7 @@ from dsv4_jax.model import declare
 from dsv4_jax.nn.attention import Attention
 from dsv4_jax.nn.rope import rope_frequencies, rotation
 from dsv4_jax.numerics import PLAIN
-from pallas_kernels import attention_unrotate, hc_post, index_scores
+from pallas_kernels import attention_unrotate, decode_rows, hc_post, index_scores
 from pallas_kernels.attention_inputs.reference import rotate
 
 CHECKPOINTS = ["tiny-fp4", "tiny-fp8"]
@@ -119,9 +119,9 @@ def _prefill_and_steps(attention: Attention, x, whole: LayerCache, stepped: Laye
 def _indexer(attention: Attention, x, cache: LayerCache):
     """Scores of all queries for all entries, and the entries chosen."""
     assert cache.index is not None
-    positions = jnp.arange(x.shape[1])[None]
+    positions, start, length = jnp.arange(x.shape[1])[None], jnp.zeros(1, jnp.int32), jnp.full(1, x.shape[1])
     turns = rotation(positions, rope_frequencies(attention.config, attention.ratio))
-    q_latent, _ = attention.latents(x, turns)
+    q_latent, *_ = attention.latents(x, turns, cache.window, start, length)
     projected = attention.projected(x)
     q, weights = attention.indexer.queries(projected, attention.compressor.columns, q_latent, turns)
     scores = index_scores(q, cache.index.entries, weights)[0]
@@ -162,7 +162,7 @@ def attention(golden, ratio: int) -> Outputs:
 
 
 def newest(cache: CompressedCache, count: int, listed: int) -> jax.Array:
-    return cache.entries[0, max(0, count - listed) : count]
+    return decode_rows(cache.entries)[0, max(0, count - listed) : count]
 
 
 def ascending(chosen: jax.Array) -> jax.Array:

@@ -8,8 +8,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+
+from dsv4_jax.cache import LayerCache
+from dsv4_jax.model import declare
+from dsv4_jax.numerics import KVQUANT
 
 CHECKPOINTS = ["tiny-fp4", "tiny-fp8"]
 DATA = Path(__file__).parents[1] / "data"
@@ -76,3 +82,45 @@ def test_every_reference_array_is_tested(checkpoint, outputs):
     found = [key for each in {mode(key) for key in keys} for key in outputs(checkpoint, each)]
 
     assert sorted(found) == sorted(keys)
+
+
+# --- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+def test_the_kernels_of_a_gpu_give_what_the_official_model_gives(checkpoint, load_golden, dump_outputs):
+    golden = load_golden(checkpoint)
+    loaded, inputs = golden.loaded, golden.expected
+    names = [match[1] for key in inputs if (match := re.fullmatch(r"in/(greedy\d+)/prompt", key))]
+
+    found = dump_outputs.plain(loaded, inputs, DECODE_STEPS)
+    found |= dump_outputs.kvquant(loaded, inputs)
+    found |= dump_outputs.greedy(loaded, {name: inputs[f"in/{name}/prompt"] for name in names})
+
+    assert sorted(found) == sorted(reference_keys(checkpoint))
+    off = []
+    for key, array in found.items():
+        try:
+            golden.assert_agrees(key, array)
+        except AssertionError as error:
+            off.append(f"{key}: {error}")
+    assert not off, "\n".join(off)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layer", [0, 1, 2], ids=["SWA", "CSA", "HCA"])
+def test_attention_of_the_golden_checkpoints_runs_on_kernels(layer, tiny_fp4):
+    from pallas_kernels.triton_call import launches
+
+    config, params = tiny_fp4.loaded.config, tiny_fp4.loaded.params["layers"][layer]["attn"]
+    graphdef, _ = nnx.split(declare(config, KVQUANT).layers[layer].attn)
+    ratio = config.main_ratios[layer]
+    cache = LayerCache.zeros(config, KVQUANT, ratio, batch=1, max_len=64, max_draft=0)
+    x, position = jnp.zeros((1, 1, config.hidden_size)), jnp.zeros(1, jnp.int32)
+
+    def attend(params, x, position, cache):
+        return nnx.merge(graphdef, params)(x, position, position + 1, cache)
+
+    kernels = {launch.kernel.__name__ for launch in launches(attend, params, x, position, cache)}
+    assert kernels & {"_whole", "_split"}

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dsv4_jax.cache import Cache, make_cache
+from dsv4_jax.cache import Cache, make_cache, plan_bytes
 from dsv4_jax.checkpoint.names import nest, parameters
 from dsv4_jax.config import FLASH, FLASH_BASE, PRO, PRO_BASE, Config
 from dsv4_jax.generate import prefill
@@ -24,17 +24,28 @@ def shapes(tree) -> dict[str, tuple[tuple[int, ...], str]]:
     return {jax.tree_util.keystr(path): (leaf.shape, leaf.dtype.name) for path, leaf in leaves}
 
 
-def expected_shapes(ratio: int, max_len: int, dtype: str, extra: int = 0) -> dict:
+def expected_rows(name: str, slots: int, width: int, numerics: Numerics) -> dict:
+    """How `slots` rows of two sequences are kept: index keys are 128 wide, keys and values 512."""
+    format = numerics.index if width == 128 else numerics.kv
+    parts = {
+        None: {"": (width, numerics.dtype)},
+        "fp8_block64": {
+            ".nope": (448, "float8_e4m3fn"),
+            ".scale": (8, "uint8"),
+            ".rope": (64, numerics.dtype),
+        },
+        "fp4_group32": {".values": (64, "uint8"), ".scale": (4, "uint8")},
+    }[format]
+    return {name + part: ((2, slots, columns), dtype) for part, (columns, dtype) in parts.items()}
+
+
+def expected_shapes(ratio: int, max_len: int, numerics: Numerics, extra: int = 0) -> dict:
     """What a layer keeps of two sequences, for FLASH and PRO alike; `extra` slots in every ring."""
-    window = {".window.rows": ((2, 128 + extra, 512), dtype)}
-    if ratio == 0:
-        return window
+    found = expected_rows(".window.rows", 128 + extra, 512, numerics)
     rows, channels = (8, 2) if ratio == 4 else (128, 1)
-    found = dict(window)
-    for name, width in (
-        {"compressed": 512, "index": 128}.items() if ratio == 4 else {"compressed": 512}.items()
-    ):
-        found[f".{name}.entries"] = ((2, max_len // ratio, width), dtype)
+    kinds = {0: {}, 4: {"compressed": 512, "index": 128}, 128: {"compressed": 512}}[ratio]
+    for name, width in kinds.items():
+        found |= expected_rows(f".{name}.entries", max_len // ratio, width, numerics)
         found[f".{name}.kv.rows"] = ((2, rows + extra, channels * width), "float32")
         found[f".{name}.score.rows"] = ((2, rows + extra, channels * width), "float32")
     return found
@@ -85,29 +96,39 @@ def test_each_layer_remembers_a_window_its_entries_and_the_raw_rows_under_way(
 
     assert len(cache) == len(config.main_ratios)
     for layer, ratio in zip(cache, config.main_ratios, strict=True):
-        assert shapes(layer) == expected_shapes(ratio, max_len, numerics.dtype, max_draft)
+        assert shapes(layer) == expected_shapes(ratio, max_len, numerics, max_draft)
 
 
 @pytest.mark.parametrize("config", MODELS)
 def test_the_mtp_head_remembers_a_window_alone(config):
     cache = jax.eval_shape(lambda: make_mtp_cache(config, OFFICIAL, batch=2, max_len=2**20))
 
-    assert shapes(cache) == expected_shapes(0, 2**20, "bfloat16")
+    assert shapes(cache) == expected_shapes(0, 2**20, OFFICIAL)
 
 
 @pytest.mark.parametrize(
-    ("config", "gibibytes"), [pytest.param(FLASH, 6.74, id="flash"), pytest.param(PRO, 9.64, id="pro")]
+    ("config", "a_token", "at_once", "gibibytes"),
+    [
+        # Growth a token in quarter bytes; window, rows under way.
+        pytest.param(FLASH, 4 * 3514 + 1, (3_214_336, 12_206_080), 3.45, id="flash"),
+        pytest.param(PRO, 4 * 5031 + 1.75, (4_559_872, 18_710_528), 4.94, id="pro"),
+    ],
 )
-def test_a_million_tokens_take_the_memory_of_the_plan(config, gibibytes):
-    cache = caches(config, OFFICIAL, 2**20)
+def test_a_million_tokens_take_the_memory_of_the_plan(config, a_token, at_once, gibibytes):
+    plan = plan_bytes(config, OFFICIAL, batch=2, max_len=2**20)
 
-    entries = [
-        each.entries for layer in cache for each in (layer.compressed, layer.index) if each is not None
-    ]
-    windows = [layer.window.rows for layer in cache]
+    assert plan["entries"] + plan["index keys"] == 2 * 2**18 * a_token
+    assert (plan["window"], plan["raw rows"]) == tuple(2 * each for each in at_once)
+    assert sum(plan.values()) == sum(
+        leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(caches(config, OFFICIAL, 2**20))
+    )
+    assert round(sum(plan.values()) / 2 / 2**30, 2) == gibibytes
 
-    nbytes = sum(leaf.size * leaf.dtype.itemsize for leaf in [*entries, *windows]) / 2  # two sequences
-    assert nbytes / 2**30 == pytest.approx(gibibytes, abs=0.02)  # with the raw rows, 12 to 19 MB, left out
+
+def test_without_formats_it_takes_twice_as_much():
+    plan = plan_bytes(FLASH, Numerics("bfloat16"), batch=1, max_len=2**20)
+
+    assert round(sum(plan.values()) / 2**30, 2) == 6.74
 
 
 def test_a_cache_rounds_a_length_up_to_whole_entries():

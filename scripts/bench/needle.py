@@ -1,0 +1,376 @@
+#!/usr/bin/env python3
+"""Whether one layer still finds what it looks for in a long text: our kernels against a dense oracle.
+
+A CSA layer at full width, with made-up weights, reads texts of growing length in pieces, its caches in FP8
+and FP4. At 10, 50 and 90% of a text, and at its end, the heads' results of one token are held against an
+oracle, as a decode step gives them and as the first token of the next piece. The oracle keeps no cache and
+reads no pieces: from the whole text it makes every entry and every index key anew, in float32 and rounded
+where the model rounds; it scores all of them, takes the best, and attends with one dense softmax.
+
+  error      of the results, relative to the oracle's, where both attend to what the layer chose
+  in common  chosen entries that the oracle would choose too: rounding decides between about equal ones
+  gap        how much better, at most, an entry is that was not chosen, in spreads of all scores
+  own error  as error, where the oracle attends to what it would have chosen itself
+
+  python scripts/bench/needle.py --results scripts/bench/results/needle/h200.json
+  python scripts/bench/needle.py --contexts 2k 27k
+  python scripts/bench/needle.py --model tiny --contexts 90 250     without a GPU
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from harness import facts
+from made_up import made_up_params
+
+from dsv4_jax.cache import LayerCache
+from dsv4_jax.config import PRESETS, Config
+from dsv4_jax.model import declare
+from dsv4_jax.nn.attention import Attention
+from dsv4_jax.nn.rope import rope_frequencies, rotation
+from dsv4_jax.numerics import OFFICIAL
+from pallas_kernels import QuantArray, dequantize, fake_quantize
+from pallas_kernels.dispatch import choose
+
+CONTEXTS = ("1900", "3600", "5300", "7000", "27k", "84k", "256k", "1M")
+DEPTHS = (0.1, 0.5, 0.9, 1.0)
+RATIO, PIECE, AT_ONCE = 4, 4096, 8192  # tokens that the layer, that the oracle reads at once
+ATTENTION = ("layers", 0, "attn")
+# Both round alike, but where a sum is off by its last bit an FP8 number of the caches may be its neighbour.
+MOST_ERROR = 2e-2
+MOST_GAP = 0.1
+
+
+def one_layer(config: Config) -> Config:
+    """A model of a single CSA layer."""
+    return dataclasses.replace(config, num_hidden_layers=1, num_hash_layers=0, compress_ratios=(RATIO, 0))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def text(hidden: int, piece: jax.Array, tokens: int) -> jax.Array:
+    """[1, tokens, hidden] bfloat16: what the layer is given of a piece of the text."""
+    key = jax.random.fold_in(jax.random.key(7, impl="rbg"), piece)
+    return jax.random.normal(key, (1, tokens, hidden), jnp.bfloat16)
+
+
+# --- the layer
+
+
+@dataclasses.dataclass
+class Layer:
+    """Our attention, and what it remembers of a text of up to `max_len` tokens."""
+
+    config: Config
+    params: Any
+    max_len: int
+
+    def __post_init__(self):
+        self.cache = LayerCache.zeros(
+            self.config, OFFICIAL, RATIO, batch=1, max_len=self.max_len + PIECE, max_draft=0
+        )
+
+    def compile(self, piece: int, implementation: str | None) -> None:
+        x = {
+            tokens: jax.ShapeDtypeStruct((1, tokens, self.config.hidden_size), jnp.bfloat16)
+            for tokens in (1, piece)
+        }
+        row = jax.ShapeDtypeStruct((1,), jnp.int32)
+        with choose(implementation):
+            read, peek = (
+                jax.jit(functools.partial(function, self.config), donate_argnums=donated)
+                for function, donated in ((_read, 3), (_peek, ()))
+            )
+            self.read_piece = read.lower(self.params, x[piece], row, self.cache, row).compile()
+            self.peek = peek.lower(self.params, x[1], row, self.cache).compile()
+
+
+def _attention(config: Config, params: Any) -> Attention:
+    return nnx.merge(nnx.split(declare(config, OFFICIAL).layers[0].attn)[0], params)
+
+
+def _read(config: Config, params: Any, x, position, cache, length):
+    """The first token's results, and the cache with the piece in it."""
+    out, cache = _attention(config, params).attend(x, position, length, cache)
+    return out[0, 0], cache
+
+
+def _peek(config: Config, params: Any, x, position, cache):
+    """The results of a decode step and the entries it chose; the cache stays as it is."""
+    attention, one = _attention(config, params), jnp.ones(1, jnp.int32)
+    out, after = attention.attend(x, position, one, cache)
+    turns = rotation(position[:, None], rope_frequencies(config, RATIO))
+    q_latent, _, _ = attention.latents(x, turns, after.window, position, one)
+    chosen = attention.choose(attention.projected(x), q_latent, turns, position[:, None], after)
+    return out[0, 0], chosen[0, 0]
+
+
+# --- the oracle
+
+
+def _wide(weight: jax.Array | QuantArray) -> jax.Array:
+    return dequantize(weight) if isinstance(weight, QuantArray) else weight.astype(jnp.float32)
+
+
+def _rounded(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.bfloat16).astype(jnp.float32)
+
+
+def _product(x: jax.Array, weight: jax.Array | QuantArray) -> jax.Array:
+    """In float32; a quantised weight takes its input rounded, as the model was trained."""
+    quantized = isinstance(weight, QuantArray)
+    x = fake_quantize(x, "fp8_token128") if quantized else x
+    product = jnp.einsum("...i,oi->...o", x, _wide(weight), precision="highest")
+    return _rounded(product) if quantized else product
+
+
+def _normed(x: jax.Array, weight: jax.Array | None, eps: float) -> jax.Array:
+    x = x / jnp.sqrt(jnp.mean(x * x, -1, keepdims=True) + eps)
+    return _rounded(x if weight is None else x * weight.astype(jnp.float32))
+
+
+def _turned(config: Config, x: jax.Array, position: jax.Array, inverse: bool = False) -> jax.Array:
+    """The last columns as complex numbers, times those of the positions."""
+    plain, pairs = x[..., : -config.qk_rope_head_dim], x[..., -config.qk_rope_head_dim :]
+    angle = position[..., None].astype(jnp.float32) * rope_frequencies(config, RATIO)
+    turn = jnp.exp((-1j if inverse else 1j) * angle)
+    turned = jax.lax.complex(pairs[..., ::2], pairs[..., 1::2]) * turn
+    turned = _rounded(jnp.stack([turned.real, turned.imag], -1).reshape(pairs.shape))
+    return jnp.concatenate([plain, turned], -1)
+
+
+def _kept(config: Config, x: jax.Array) -> jax.Array:
+    """Keys and values as the cache holds them."""
+    plain, turned = x[..., : -config.qk_rope_head_dim], x[..., -config.qk_rope_head_dim :]
+    return jnp.concatenate([fake_quantize(plain, "fp8_block64"), turned], -1)
+
+
+def _transformed(x: jax.Array) -> jax.Array:
+    """Each pair of halves becomes sum and difference, again and again; then as the cache holds index keys."""
+    size = x.shape[-1]
+    for width in (1 << bit for bit in range(size.bit_length() - 1)):
+        pairs = x.reshape(*x.shape[:-1], -1, 2, width)
+        x = jnp.stack([pairs[..., 0, :] + pairs[..., 1, :], pairs[..., 0, :] - pairs[..., 1, :]], -2)
+        x = x.reshape(*x.shape[:-3], size)
+    return fake_quantize(_rounded(x * size**-0.5), "fp4_group32")
+
+
+def _pooled(config: Config, params: Any, x: jax.Array, position: jax.Array, first: jax.Array) -> jax.Array:
+    """[entries, head_dim] of the tokens x, which stand from `first` on, a window before the first entry."""
+    kv, score = (_product(x, params[name]["weight"]) for name in ("wkv", "wgate"))
+    windows = len(x) // RATIO
+    score = score.reshape(windows, RATIO, -1) + params["ape"]
+    score = jnp.where((jnp.arange(windows) * RATIO + first < 0)[:, None, None], -jnp.inf, score)
+    kv, width = kv.reshape(windows, RATIO, -1), kv.shape[-1] // 2
+    # An entry sees the window before its own through the first half of the channels.
+    kv = jnp.concatenate([kv[:-1, :, :width], kv[1:, :, width:]], 1)
+    score = jnp.concatenate([score[:-1, :, :width], score[1:, :, width:]], 1)
+    pooled = _rounded((jax.nn.softmax(score, 1) * kv).sum(1))
+    return _turned(config, _normed(pooled, params["norm"]["weight"], config.rms_norm_eps), position)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def entries_of(config: Config, params: Any, x: jax.Array, before: jax.Array, first: jax.Array):
+    """Entries and index keys of tokens x [T, hidden], from `first` on, and the window `before` them."""
+    x = jnp.concatenate([before, x]).astype(jnp.float32)
+    position = first + jnp.arange(len(x) // RATIO - 1) * RATIO
+    entries = _pooled(config, params["compressor"], x, position, first - RATIO)
+    keys = _pooled(config, params["indexer"]["compressor"], x, position, first - RATIO)
+    return _kept(config, entries), _transformed(keys)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def oracle(config: Config, params: Any, recent: jax.Array, position: jax.Array, entries, keys, chosen):
+    """Results by the entries chosen, and by its own choice; its scores [entries], its choice as a mask.
+
+    `recent` are the tokens of the window, the last of which asks; of entries and keys all there are room for.
+    """
+    eps, heads, head_dim = config.rms_norm_eps, config.num_attention_heads, config.head_dim
+    recent = recent.astype(jnp.float32)
+    positions = position - jnp.arange(len(recent))[::-1]
+    latent = _normed(_product(recent[-1], params["wq_a"]["weight"]), params["q_norm"]["weight"], eps)
+    q = _product(latent, params["wq_b"]["weight"]).reshape(heads, head_dim)
+    q = _turned(config, _normed(q, None, eps), position)
+    kv = _normed(_product(recent, params["wkv"]["weight"]), params["kv_norm"]["weight"], eps)
+    kv = jnp.concatenate([_kept(config, _turned(config, kv, positions)), entries])
+
+    index, shape = params["indexer"], (config.index_n_heads, config.index_head_dim)
+    asked = _product(latent, index["wq_b"]["weight"]).reshape(shape)
+    asked = _transformed(_turned(config, asked, position))
+    weights = _rounded(_product(recent[-1], index["weights_proj"]["weight"]))
+    weights = _rounded(weights * _rounded(jnp.float32((shape[0] * shape[1]) ** -0.5)))
+    scores = jnp.einsum("ij,sj->is", asked, keys, precision="highest")
+    scores = jnp.einsum("i,is->s", weights, jax.nn.relu(scores), precision="highest")
+    scores = jnp.where(jnp.arange(len(keys)) < (position + 1) // RATIO, scores, -jnp.inf)
+    best, own = jax.lax.top_k(scores, min(config.index_topk, len(keys)))
+
+    def mask(index: jax.Array, there: jax.Array) -> jax.Array:
+        return jnp.zeros(len(keys), bool).at[jnp.where(there, index, len(keys))].set(True, mode="drop")
+
+    def attended(taken: jax.Array) -> jax.Array:
+        seen = jnp.concatenate([positions >= 0, taken])
+        logits = jnp.einsum("hd,kd->hk", q, kv, precision="highest") * head_dim**-0.5
+        logits = jnp.where(seen, logits, -jnp.inf)
+        with_sink = jnp.concatenate([logits, params["attn_sink"][:, None]], 1)
+        weights = jax.nn.softmax(with_sink, 1)[:, :-1]
+        out = jnp.einsum("hk,kd->hd", weights, kv, precision="highest")
+        return _turned(config, out, position, inverse=True)
+
+    own = mask(own, best > -jnp.inf)
+    return attended(mask(chosen, chosen >= 0)), attended(own), scores, own
+
+
+class Oracle:
+    """Entries and index keys of the first tokens of the text, made once for all contexts."""
+
+    def __init__(self, config: Config, params: Any, longest: int):
+        self.config, self.params = config, params
+        before = jnp.zeros((RATIO, config.hidden_size), jnp.bfloat16)
+        found = []
+        for piece in range(-(-longest // AT_ONCE)):
+            x = text(config.hidden_size, jnp.int32(piece), AT_ONCE)[0]
+            found.append(entries_of(config, params, x, before, jnp.int32(piece * AT_ONCE)))
+            before = x[-RATIO:]
+        self.entries, self.keys = (jnp.concatenate(parts) for parts in zip(*found, strict=True))
+
+    def compare(self, recent: jax.Array, position: int, chosen: jax.Array, outs: dict[str, jax.Array]):
+        """The row of one token."""
+        # Entries to come are left out in sizes that repeat, so that few programs are compiled.
+        room = max(512, 1 << (position // RATIO).bit_length())
+        entries, keys = self.entries[:room], self.keys[:room]
+        by_theirs, by_own, scores, own = oracle(
+            self.config, self.params, recent, jnp.int32(position), entries, keys, chosen
+        )
+        scores, best = np.asarray(scores), np.asarray(own)
+        mine, places = np.zeros_like(best), np.asarray(chosen)
+        mine[places[places >= 0]] = True
+        visible = np.isfinite(scores)
+        missed, worst = scores[best & ~mine], scores[mine].min(initial=np.inf)
+        gap = (missed.max(initial=worst) - worst) / max(scores[visible].std(), 1e-30) if visible.any() else 0
+        row = {name: _error(out, by_theirs) for name, out in outs.items()}
+        return row | {
+            "own_error": _error(outs["decode"], by_own),
+            "chosen": int(mine.sum()),
+            "visible": int(visible.sum()),
+            "in_common": float((best & mine).sum() / max(best.sum(), 1)),
+            "gap": float(gap),
+        }
+
+
+def _error(found: jax.Array, expected: jax.Array) -> float:
+    ours, right = (np.asarray(each, np.float64) for each in (found, expected))
+    return float(np.linalg.norm(ours - right) / np.linalg.norm(right))
+
+
+# --- the ladder
+
+
+def rungs(context: int) -> list[int]:
+    """Positions that are asked at."""
+    return sorted({max(int(context * depth) - 1, 0) for depth in DEPTHS})
+
+
+def climb(layer: Layer, oracle: Oracle, context: int, piece: int) -> list[dict[str, Any]]:
+    """Reads a text from rung to rung; the rows of all of them."""
+    hidden, window, rows = layer.config.hidden_size, layer.config.sliding_window, []
+    pieces = -(-context // AT_ONCE)
+    x = jnp.concatenate([text(hidden, jnp.int32(number), AT_ONCE) for number in range(pieces)], 1)
+    x = jnp.pad(x, ((0, 0), (window, piece), (0, 0)))  # so that all that is cut out of it is there
+
+    def cut(start: int, tokens: int) -> jax.Array:
+        return jax.lax.dynamic_slice(x, (0, start + window, 0), (1, tokens, hidden))
+
+    def read(start: int, end: int) -> jax.Array:
+        arguments = layer.params, cut(start, piece), jnp.array([start]), layer.cache, jnp.array([end - start])
+        first, layer.cache = layer.read_piece(*arguments)
+        return first
+
+    place = 0
+    for rung in rungs(context):
+        while place < rung:
+            end = min(place + piece, rung)
+            read(place, end)
+            place = end
+        decode, chosen = layer.peek(layer.params, cut(rung, 1), jnp.array([rung]), layer.cache)
+        outs = {"decode": decode, "prefill": read(rung, rung + 1)}  # what it writes is written again
+        row = oracle.compare(cut(rung - window + 1, window)[0], rung, chosen, outs)
+        rows.append({"context": context, "position": rung} | row)
+    return rows
+
+
+def right(row: dict[str, Any]) -> bool:
+    """Whether the layer gave what it should; a NaN is wrong."""
+    return max(row["decode"], row["prefill"]) <= MOST_ERROR and row["gap"] <= MOST_GAP
+
+
+def _number(text: str) -> int:
+    unit = {"k": 2**10, "M": 2**20}.get(text[-1])
+    return int(text[:-1]) * unit if unit else int(text)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", choices=list(PRESETS), default="flash")
+    parser.add_argument("--contexts", type=_number, nargs="+", default=[_number(each) for each in CONTEXTS])
+    parser.add_argument("--piece", type=int, default=PIECE, help="tokens that are read at once")
+    parser.add_argument("--implementation", help="as the command line's option; by default the fastest")
+    parser.add_argument("--seconds", type=float, default=120, help="begin no new context after so long")
+    parser.add_argument("--results", type=Path, help="JSON file to write rows to")
+    options = parser.parse_args(arguments)
+    begun = time.perf_counter()
+
+    config = one_layer(PRESETS[options.model])
+    contexts = sorted(set(options.contexts))
+    raw, laid_out = (
+        made_up_params(config, within=ATTENTION, laid_out=each)[0]["layers"][0]["attn"]
+        for each in (False, True)
+    )
+    oracle = Oracle(config, raw, contexts[-1])
+    with ThreadPoolExecutor() as pool:
+        layers = {context: Layer(config, laid_out, context) for context in contexts}
+        compiled = [
+            pool.submit(layer.compile, options.piece, options.implementation) for layer in layers.values()
+        ]
+        for future in compiled:
+            future.result()
+    print(f"# compiled; {time.perf_counter() - begun:.0f} s", flush=True)
+
+    rows = []
+    for context in contexts:
+        if time.perf_counter() - begun > options.seconds:
+            print(f"{context}: left out, {time.perf_counter() - begun:.0f} s have passed", flush=True)
+            continue
+        found = climb(layers.pop(context), oracle, context, options.piece)
+        for row in found:
+            print(
+                f"{context:8} at {row['position']:8}: error {row['decode']:.1e} decode, {row['prefill']:.1e}"
+                f" prefill; {row['in_common']:.4f} of {row['chosen']} in common, gap {row['gap']:.1e}, own"
+                f" error {row['own_error']:.1e}{'' if right(row) else '  WRONG'}",
+                flush=True,
+            )
+        rows += found
+    if options.results:
+        options.results.parent.mkdir(parents=True, exist_ok=True)
+        here = facts() | {"implementation": options.implementation or "default"}
+        lines = ",\n".join(json.dumps(row | here) for row in rows)
+        options.results.write_text(f"[\n{lines}\n]\n")
+    return 0 if rows and all(map(right, rows)) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
