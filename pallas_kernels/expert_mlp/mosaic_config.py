@@ -191,7 +191,8 @@ def deepest_few(columns: int, tokens: int, **more: Any) -> FewConfig:
     """With as many stages as shared memory has room for, where the wider product has so many columns."""
     config = FewConfig(tokens, **more)
     fixed, stage = (config._replace(stages=n).shared_bytes(columns) for n in (0, 1))
-    return config._replace(stages=min(16, (SHARED_BYTES - fixed) // (stage - fixed)))
+    stages = min(16, (SHARED_BYTES - fixed) // (stage - fixed))
+    return config._replace(stages=stages, ahead=min(config.ahead, stages))
 
 
 # Tokens of a tile, by the (token, choice) rows that an expert has on average up to which they are meant.
