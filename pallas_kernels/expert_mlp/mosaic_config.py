@@ -110,14 +110,16 @@ class FewConfig(NamedTuple):
         what bfloat16 holds.
       blocks: of 128 columns of each consumer in a stage.
       stages: how many are under way or in use.
-      ahead: how many are under way at most: more only queue up in front of all else that is read.
+      ahead: how many are under way at most, if not 0: more only queue up in front of all else that is read,
+        which then takes five microseconds. What is finished next is read early, too, and for a single token
+        nothing is read to know where its activations are.
     """
 
     tokens: int
     terms: int = 1
     blocks: int = 1
     stages: int = 2
-    ahead: int = 3
+    ahead: int = 0
 
     consumers = 4
     waves = 1
@@ -195,17 +197,18 @@ def deepest_few(columns: int, tokens: int, **more: Any) -> FewConfig:
     return config._replace(stages=stages, ahead=min(config.ahead, stages))
 
 
-# Tokens of a tile, by the (token, choice) rows that an expert has on average up to which they are meant.
-FEW_TOKENS = ((4, 8), (9, 16), (14, 24))
+# Tokens of a tile, by the (token, choice) rows that an expert has on average up to which they are meant; for
+# activations of one term and of two.
+FEW_TOKENS = {1: ((4, 8), (9, 16), (14, 24)), 2: ((4, 8), (14, 16))}
 
 
 def few_config_for(rows: int, shape: tuple[int, ...], activation: str | None) -> FewConfig | None:
     """For so many (token, choice) rows and gate and up of such a shape; None: they are too many, or a
     consumer's share of the columns is no whole number of blocks.
     """
-    count, both, hidden = shape
-    tokens = next((tokens for most, tokens in FEW_TOKENS if rows <= most * count), None)
+    (count, both, hidden), terms = shape, 1 if activation else 2
+    tokens = next((tokens for most, tokens in FEW_TOKENS[terms] if rows <= most * count), None)
     if tokens is None or hidden % (4 * BLOCK) or both // 2 % (4 * BLOCK):
         return None
-    config = deepest_few(max(hidden, both // 2), tokens, terms=1 if activation else 2)
+    config = deepest_few(max(hidden, both // 2), tokens, terms=terms)
     return config if config.stages >= 3 else None

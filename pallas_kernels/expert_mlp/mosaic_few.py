@@ -255,9 +255,8 @@ def _kernel(config: FewConfig, shapes: tuple[Shape, Shape], tiles: int | None, *
     def item_of(shape: Shape, number: jax.Array) -> Item:
         blocks = jnp.int32(shape.rows // HEIGHT)
         tile, block = lax.div(number, blocks), lax.rem(number, blocks)
-        start = starts[tile]
-        real = jnp.minimum(ends[tile] - start, config.tokens)
-        return Item(tile, expert_of(tile), block * HEIGHT, start, real)
+        start, expert, row = starts[tile], expert_of(tile), block * HEIGHT
+        return Item(tile, expert, row, start, jnp.minimum(ends[tile] - start, config.tokens))
 
     def next_slot(slot: jax.Array) -> jax.Array:
         # A remainder would be a chain of a dozen instructions before each wait.
@@ -282,10 +281,12 @@ def _kernel(config: FewConfig, shapes: tuple[Shape, Shape], tiles: int | None, *
                 def _() -> None:
                     plgpu.barrier_wait(free.at[slot])
 
-                @pl.when(before + step >= config.ahead)
-                def _() -> None:
-                    behind = jnp.where(slot < config.ahead, slot + config.stages, slot) - config.ahead
-                    plgpu.barrier_wait(full.at[behind])
+                if config.ahead:
+
+                    @pl.when(before + step >= config.ahead)
+                    def _() -> None:
+                        behind = jnp.where(slot < config.ahead, slot + config.stages, slot) - config.ahead
+                        plgpu.barrier_wait(full.at[behind])
 
                 source = weight.at[pl.ds(row * tiles_of_row + step * stage, stage)]
                 plgpu.copy_gmem_to_smem(source, tile_stages.at[slot], full.at[slot])
@@ -304,7 +305,8 @@ def _kernel(config: FewConfig, shapes: tuple[Shape, Shape], tiles: int | None, *
             def _(count: jax.Array) -> None:
                 plgpu.barrier_wait(barrier.at[lax.rem(count, jnp.int32(config.stages))])
 
-        see(full, config.ahead)
+        if config.ahead:
+            see(full, config.ahead)
         see(free, config.stages)
 
     def consumer() -> None:
@@ -364,19 +366,21 @@ def _kernel(config: FewConfig, shapes: tuple[Shape, Shape], tiles: int | None, *
         first, last = range_of(shape)
         arrays = (parts, exponents, order, weights, result, arrivals)
 
-        def warm(number: jax.Array) -> None:
-            @pl.when(number < last)
-            def _() -> None:
-                _finish(config, shape, arrays, item_of(shape, number), jnp.int32(0), warm=True)
+        def warm(item: Item) -> None:
+            _finish(config, shape, arrays, item, jnp.int32(0), warm=True)
 
-        warm(first)
+        if config.ahead:
+            pl.when(first < last)(lambda: warm(item_of(shape, first)))
 
         @pl.loop(first, last)
         def _(number: jax.Array) -> None:
-            warm(number + 1)
-            place = lax.rem(done + number - first, jnp.int32(PART_SLOTS))
+            item, place = item_of(shape, number), lax.rem(done + number - first, jnp.int32(PART_SLOTS))
+            if config.ahead:
+                pl.when(number + 1 < last)(lambda: warm(item_of(shape, number + 1)))
+            else:
+                warm(item)
             plgpu.barrier_wait(ready.at[place])
-            _finish(config, shape, arrays, item_of(shape, number), place)
+            _finish(config, shape, arrays, item, place)
             plgpu.barrier_arrive(taken.at[place])
 
         return done + last - first
@@ -408,15 +412,16 @@ def products(
     """
     _, both, hidden = w13.shape
     pairs, choices = weights.size, weights.shape[1]
+    single = len(x) == 1 and config.ahead > 0
     each = [WARPS * rows // HEIGHT for rows in (both, hidden)]
     shapes = (
-        Shape(both, hidden, "one" if len(x) == 1 else choices, limit, (each[0], sum(each))),
+        Shape(both, hidden, "one" if single else choices, limit, (each[0], sum(each))),
         Shape(hidden, both // 2, "sorted", None, (each[1], sum(each))),
     )
     stage, widest = config.consumers * config.blocks, max(hidden, both // 2)
     blocks = widest // BLOCK
     return plgpu.kernel(
-        functools.partial(_kernel, config, shapes, planned.expert.size if len(x) == 1 else None),
+        functools.partial(_kernel, config, shapes, planned.expert.size if single else None),
         out_type=(
             jax.ShapeDtypeStruct((pairs, both // 2), jnp.bfloat16),
             jax.ShapeDtypeStruct((pairs, hidden), jnp.bfloat16),

@@ -26,8 +26,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.expert_mlp import mosaic_ptx as ptx
 from pallas_kernels.expert_mlp.assembly import Lane, Numbers, Total, arrays, assemble, lane, registers
 from pallas_kernels.expert_mlp.mosaic_config import BLOCK, HEIGHT, Config, Configs, multiprocessors
-from pallas_kernels.expert_mlp.plan import Plan, place_count
-from pallas_kernels.expert_mlp.quant import sorted_tile_quant
+from pallas_kernels.expert_mlp.plan import Plan
+from pallas_kernels.expert_mlp.quant import place_count, places_of, sorted_tile_quant
 from pallas_kernels.expert_mlp.tiles import CODES_BYTES, TILE_BYTES, TILE_SHAPE, ExpertTiles
 
 # Registers of a thread once all know their part, those that load and those that multiply, by the number of
@@ -309,6 +309,7 @@ def launch(
     scales: jax.Array,  # [columns / 128, P] float32
     places: jax.Array,  # [P] float32 routing weights; or [R] int32 rows of the result, in sorted order
     planned: Plan,
+    firsts: jax.Array,  # [tiles] int32, place of the first row of each
     *,
     config: Config,
     limit: float | None,
@@ -358,7 +359,7 @@ def launch(
         planned.expert,
         planned.start,
         planned.end,
-        planned.first,
+        firsts,
         planned.count,
     )
 
@@ -374,12 +375,19 @@ def products(
     w2: ExpertTiles,
     limit: float,
     configs: Configs,
-) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-    """Inner activations as `launch` leaves them, and [R, M] bfloat16 in (token, choice) order."""
+) -> tuple[tuple[jax.Array, jax.Array], jax.Array, jax.Array]:
+    """Inner activations as `launch` leaves them, the place of each pair, and [R, M] bfloat16 in
+    (token, choice) order.
+    """
+    place, firsts = places_of(planned)
     places = place_count(planned, w13.shape[0], configs.gate_up.tokens)
-    values, scales, shares = sorted_tile_quant(x, planned, weights, places)
-    inner = launch(w13, values, scales, shares, planned, config=configs.gate_up, limit=limit)
-    return inner, launch(w2, *inner, planned.order, planned, config=configs.down, limit=None)
+    values, scales, shares = sorted_tile_quant(x, weights, place, places)
+    inner = launch(w13, values, scales, shares, planned, firsts, config=configs.gate_up, limit=limit)
+    return (
+        inner,
+        place,
+        launch(w2, *inner, planned.order, planned, firsts, config=configs.down, limit=None),
+    )
 
 
 def planned_mlp(
@@ -392,6 +400,6 @@ def planned_mlp(
     configs: Configs,
 ) -> jax.Array:
     """`expert_mlp` once its plan is made, for tiles of `configs`."""
-    _, out = products(x, planned, weights, w13, w2, limit, configs)
+    _, _, out = products(x, planned, weights, w13, w2, limit, configs)
     # Always in the order of the choices: the same bits in every run.
     return out.reshape(*weights.shape, -1).astype(jnp.float32).sum(1)

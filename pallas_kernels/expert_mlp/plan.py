@@ -9,8 +9,6 @@ from pallas_kernels.dispatch import Implementation, select
 from pallas_kernels.routing import reference as routing
 from pallas_kernels.target import Target
 
-ALIGNED = 4  # places: copies begin at multiples of 16 bytes, also of float32
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -20,11 +18,9 @@ class Plan:
     Attributes:
       order: [R] the pair of each row.
       row: [R] the row of each pair.
-      place: [R] the place of each pair: as rows, but every expert begins at a multiple of `ALIGNED`.
       expert, start, end: [tiles] of each tile of rows: its expert, first row, and row after the last of its
         expert. Tiles that are left over come last and have expert -1, start and end R; there are as many as
         the worst routing needs, so no row is ever dropped.
-      first: [tiles] the place of a tile's first row; 0 of one that is left over.
       count: [1] how many tiles are not left over.
       arrivals: [tiles] zeros. A kernel whose programs wait for each other counts in them; it leaves zeros, so
         that the plan stays what it is.
@@ -32,11 +28,9 @@ class Plan:
 
     order: jax.Array
     row: jax.Array
-    place: jax.Array
     expert: jax.Array
     start: jax.Array
     end: jax.Array
-    first: jax.Array
     count: jax.Array
     arrivals: jax.Array
 
@@ -53,13 +47,6 @@ def tile_count(rows: int, n_routed_experts: int, tile_rows: int) -> int:
     return rows // tile_rows + min(n_routed_experts, rows)
 
 
-def place_count(planned: Plan, n_routed_experts: int, tile_rows: int) -> int:
-    """Places that the worst routing needs, and as many as the last tile may be short of; aligned too."""
-    rows = planned.order.size
-    places = rows + (ALIGNED - 1) * min(n_routed_experts, rows) + tile_rows
-    return -(-places // ALIGNED) * ALIGNED
-
-
 def _plan(experts: jax.Array, n_routed_experts: int, tile_rows: int) -> Plan:
     """The definition."""
     rows = experts.size
@@ -70,18 +57,13 @@ def _plan(experts: jax.Array, n_routed_experts: int, tile_rows: int) -> Plan:
     last, ends = jnp.cumsum(per_expert), jnp.cumsum(group_sizes)
     expert = (last <= tile[:, None]).sum(1, dtype=jnp.int32)
     real, known = expert < n_routed_experts, jnp.minimum(expert, n_routed_experts - 1)
-    first_row, first_tile = ends - group_sizes, last - per_expert
-    start = first_row[known] + (tile - first_tile[known]) * tile_rows
-    aligned = -(-group_sizes // ALIGNED) * ALIGNED
-    further = jnp.cumsum(aligned) - aligned - first_row
+    start = (ends - group_sizes)[known] + (tile - (last - per_expert)[known]) * tile_rows
     return Plan(
         order,
         row,
-        row + further[experts.reshape(-1)],
         jnp.where(real, expert, -1),
         jnp.where(real, start, rows),
         jnp.where(real, ends[known], rows),
-        jnp.where(real, start + further[known], 0),
         last[-1:],
         jnp.zeros_like(tile),
     )

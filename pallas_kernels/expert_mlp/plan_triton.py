@@ -5,14 +5,12 @@ Above, a launch counts by segments of pairs, and a second places each segment's.
 expert begins, plus how many pairs of that expert come before it: no atomics, so the order is always the same.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from pallas_kernels.expert_mlp.plan import ALIGNED, Plan, tile_count
+from pallas_kernels.expert_mlp.plan import Plan, tile_count
 from pallas_kernels.triton_call import triton_call
 
 _FEW = 2048
@@ -26,32 +24,20 @@ def _place(
     chosen,  # [pairs] expert of each
     pair,
     base,  # [BINS] the row of the first of these pairs, for each expert
-    further,  # [BINS] by how much the place of a pair is after its row, for each expert
     first,  # of the experts to place
     order,
     row,
-    place,
     EXPERTS: tl.constexpr,
     BINS: tl.constexpr,
 ):
-    at, tile_at = tl.zeros_like(pair), tl.zeros_like(pair)
+    at = tl.zeros_like(pair)
     for expert in range(first, first + EXPERTS):
         mine = chosen == expert
-        its = tl.arange(0, BINS) == expert
-        at_expert = tl.sum(tl.where(its, base, 0), 0) + tl.cumsum(mine.to(tl.int32), 0) - 1
-        at = tl.where(mine, at_expert, at)
-        tile_at = tl.where(mine, at_expert + tl.sum(tl.where(its, further, 0), 0), tile_at)
+        begin = tl.sum(tl.where(tl.arange(0, BINS) == expert, base, 0), 0)
+        at = tl.where(mine, begin + tl.cumsum(mine.to(tl.int32), 0) - 1, at)
     placed = (chosen >= first) & (chosen < first + EXPERTS)
     tl.store(order + at, pair, mask=placed)
     tl.store(row + pair, at, mask=placed)
-    tl.store(place + pair, tile_at, mask=placed)
-
-
-@triton.jit
-def _further(counts, ALIGNED: tl.constexpr):
-    """[BINS] by how much an expert's places begin after its rows."""
-    short = (ALIGNED - counts % ALIGNED) % ALIGNED
-    return tl.cumsum(short, 0) - short
 
 
 @triton.jit
@@ -60,10 +46,8 @@ def _write_tiles(
     tile_expert,
     tile_start,
     tile_end,
-    tile_first,
     tile_count,
     arrivals,
-    further,  # [BINS]
     ROWS: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILES: tl.constexpr,
@@ -81,13 +65,11 @@ def _write_tiles(
         tl.store(tile_expert + at + nth, expert, mask=real)
         tl.store(tile_start + at + nth, end - counts + nth * TILE_ROWS, mask=real)
         tl.store(tile_end + at + nth, end, mask=real)
-        tl.store(tile_first + at + nth, end - counts + nth * TILE_ROWS + further, mask=real)
     for absent in range(tl.sum(tiles, 0), TILES, BINS):
         tile = absent + expert
         tl.store(tile_expert + tile, tl.full((BINS,), -1, tl.int32), mask=tile < TILES)
         tl.store(tile_start + tile, tl.full((BINS,), ROWS, tl.int32), mask=tile < TILES)
         tl.store(tile_end + tile, tl.full((BINS,), ROWS, tl.int32), mask=tile < TILES)
-        tl.store(tile_first + tile, tl.zeros_like(tile), mask=tile < TILES)
 
 
 @triton.jit
@@ -95,17 +77,14 @@ def _plan_few(
     experts,  # [ROWS] int32
     order,  # [ROWS] int32
     row,  # [ROWS] int32
-    place,  # [ROWS] int32
     tile_expert,  # [TILES] int32
     tile_start,
     tile_end,
-    tile_first,
     tile_count,  # [1] int32
     arrivals,  # [TILES] int32
     ROWS: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILES: tl.constexpr,
-    ALIGNED: tl.constexpr,
     EXPERTS: tl.constexpr,
     BLOCK: tl.constexpr,
     BINS: tl.constexpr,
@@ -113,18 +92,15 @@ def _plan_few(
     pair = tl.arange(0, BLOCK)
     chosen = tl.load(experts + pair, mask=pair < ROWS, other=-1)
     counts = tl.histogram(chosen, BINS, mask=pair < ROWS)
-    base, further = tl.cumsum(counts, 0) - counts, _further(counts, ALIGNED)
-    _place(chosen, pair, base, further, tl.program_id(0) * EXPERTS, order, row, place, EXPERTS, BINS)
+    _place(chosen, pair, tl.cumsum(counts, 0) - counts, tl.program_id(0) * EXPERTS, order, row, EXPERTS, BINS)
     if tl.program_id(0) == 0:
         _write_tiles(
             counts,
             tile_expert,
             tile_start,
             tile_end,
-            tile_first,
             tile_count,
             arrivals,
-            further,
             ROWS,
             TILE_ROWS,
             TILES,
@@ -153,17 +129,14 @@ def _plan_many(
     counts,  # [SEGMENTS, BINS] int32
     order,  # [ROWS] int32
     row,  # [ROWS] int32
-    place,  # [ROWS] int32
     tile_expert,  # [TILES] int32
     tile_start,
     tile_end,
-    tile_first,
     tile_count,  # [1] int32
     arrivals,  # [TILES] int32
     ROWS: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILES: tl.constexpr,
-    ALIGNED: tl.constexpr,
     EXPERTS: tl.constexpr,
     SEGMENT: tl.constexpr,
     SEGMENTS: tl.constexpr,
@@ -179,22 +152,11 @@ def _plan_many(
         some = tl.load(counts + other * BINS + tl.arange(0, BINS)[None, :], mask=other < SEGMENTS, other=0)
         total += tl.sum(some, 0)
         before += tl.sum(tl.where(other < segment, some, 0), 0)
-    base, further = tl.cumsum(total, 0) - total + before, _further(total, ALIGNED)
-    _place(chosen, pair, base, further, tl.program_id(0) * EXPERTS, order, row, place, EXPERTS, BINS)
+    base = tl.cumsum(total, 0) - total + before
+    _place(chosen, pair, base, tl.program_id(0) * EXPERTS, order, row, EXPERTS, BINS)
     if (tl.program_id(0) == 0) & (segment == 0):
         _write_tiles(
-            total,
-            tile_expert,
-            tile_start,
-            tile_end,
-            tile_first,
-            tile_count,
-            arrivals,
-            further,
-            ROWS,
-            TILE_ROWS,
-            TILES,
-            BINS,
+            total, tile_expert, tile_start, tile_end, tile_count, arrivals, ROWS, TILE_ROWS, TILES, BINS
         )
 
 
@@ -202,16 +164,8 @@ def plan(experts: jax.Array, n_routed_experts: int, tile_rows: int) -> Plan:
     rows, pairs = experts.size, experts.reshape(-1)
     tiles = tile_count(rows, n_routed_experts, tile_rows)
     bins = max(128, triton.next_power_of_2(n_routed_experts))
-    out = [
-        jax.ShapeDtypeStruct((size,), jnp.int32) for size in (rows, rows, rows, tiles, tiles, tiles, 1, tiles)
-    ]
-    sizes: dict[str, Any] = {
-        "ROWS": rows,
-        "TILE_ROWS": tile_rows,
-        "TILES": tiles,
-        "BINS": bins,
-        "ALIGNED": ALIGNED,
-    }
+    out = [jax.ShapeDtypeStruct((size,), jnp.int32) for size in (rows, rows, tiles, tiles, tiles, 1, tiles)]
+    sizes = {"ROWS": rows, "TILE_ROWS": tile_rows, "TILES": tiles, "BINS": bins}
     if rows <= _FEW:
         # At least one pair for each thread of AMD's four warps: a histogram must count no pair twice.
         block = max(256, triton.next_power_of_2(rows))

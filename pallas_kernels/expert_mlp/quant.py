@@ -14,6 +14,7 @@ from pallas_kernels.formats import E4M3_MAX, FORMATS
 from pallas_kernels.triton_call import triton_call
 
 BLOCK = 128  # columns that share a scale
+ALIGNED = 4  # places: copies begin at multiples of 16 bytes, also of float32
 _BLOCKS = 16  # of them in one program
 
 
@@ -88,10 +89,30 @@ def tile_quant(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     )
 
 
+def place_count(planned: Plan, n_routed_experts: int, tile_rows: int) -> int:
+    """Places that the worst routing needs, and as many as the last tile may be short of; aligned too."""
+    rows = planned.order.size
+    places = rows + (ALIGNED - 1) * min(n_routed_experts, rows) + tile_rows
+    return -(-places // ALIGNED) * ALIGNED
+
+
+def places_of(planned: Plan) -> tuple[jax.Array, jax.Array]:
+    """Rows with gaps, so that every expert begins at a multiple of `ALIGNED`: the place of each pair [R] and
+    of the first row of each tile [tiles]. Tiles of the plan are a multiple of `ALIGNED` long.
+    """
+    real = planned.expert >= 0
+    last = real & (planned.expert != jnp.append(planned.expert[1:], -1))  # of their experts
+    gap = jnp.where(last, (planned.start - planned.end) % ALIGNED, 0)
+    rows = planned.order.size
+    gaps = jnp.zeros(rows + 1, jnp.int32).at[jnp.where(last, planned.end, rows)].add(gap)
+    place = planned.row + jnp.cumsum(gaps)[planned.row]
+    return place, jnp.where(real, planned.start + jnp.cumsum(gap) - gap, 0)
+
+
 def sorted_tile_quant(
-    x: jax.Array, planned: Plan, weights: jax.Array, places: int
+    x: jax.Array, weights: jax.Array, place: jax.Array, places: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """x [T, K] in `fp8_token128`, once for each choice, where `planned.place` says, of P `places`: values
+    """x [T, K] in `fp8_token128`, once for each choice, at its `place` [R] of P `places`: values
     [K/128, P, 128] with columns in the order of the tiles, scales [K/128, P] float32; and the routing weights
     [P]. Places without a pair are not written.
     """
@@ -101,7 +122,7 @@ def sorted_tile_quant(
         _sorted_quant,
         x,
         weights.reshape(-1),
-        planned.place,
+        place,
         out=(
             jax.ShapeDtypeStruct((columns // BLOCK, places, BLOCK), jnp.float8_e4m3fn),
             jax.ShapeDtypeStruct((columns // BLOCK, places), jnp.float32),

@@ -171,11 +171,11 @@ def few_way(config: FewConfig) -> Way:
 
 def many_way(configs: Configs) -> Way:
     def products(x, planned, shares, w13, w2):
-        (values, scales), out = mosaic_many.products(x, planned, shares, w13, w2, LIMIT, configs)
-        rows = shares.size
+        (values, scales), place, out = mosaic_many.products(x, planned, shares, w13, w2, LIMIT, configs)
+        rows, at = shares.size, place[planned.order]
         # In the checkpoint's order of columns again, the inverse of `tile_order`.
-        values = values[:, :rows].reshape(-1, rows, 8, 4, 4).swapaxes(2, 3).reshape(-1, rows, 128)
-        inner = values.astype(jnp.float32) * scales[:, :rows, None]
+        values = values[:, at].reshape(-1, rows, 8, 4, 4).swapaxes(2, 3).reshape(-1, rows, 128)
+        inner = values.astype(jnp.float32) * scales[:, at, None]
         inner = inner.swapaxes(0, 1).reshape(rows, -1)
         return Products(inner, inner, True, out)
 

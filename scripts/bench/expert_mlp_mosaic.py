@@ -28,8 +28,9 @@ from profile_kernels import kernel_times
 from pallas_kernels.expert_mlp.mosaic_config import Configs, FewConfig, deepest, deepest_few
 
 # By the most tokens they are for. For few tokens: those of a tile, blocks of columns in a stage, stages that
-# are under way, and stages. For many: those of each product of the tensor core, behind the same for tiles with fewer; times 64 rows;
-# warpgroups; blocks of columns in a stage; stages of both kernels. Stages are as many as fit if left out.
+# are under way, and stages. For many: those of each product of the tensor core, behind the same for tiles
+# with fewer; times 64 rows; warpgroups; blocks of columns in a stage; stages of both kernels. Stages are as
+# many as fit if left out.
 CANDIDATES = {
     8: "few 8 1 2,few 8 1 3,few 8 1 5,few 8 2 2,few 8 2 3",
     128: "few 8 1 3,few 8 1 5,few 8 2 2,few 8 2 3",

@@ -14,9 +14,10 @@ from jax.experimental import pallas as pl
 from warpgroup import Space, Warpgroup, swizzled
 
 from pallas_kernels import QuantArray, Target, dequantize, expert_mlp, prepare_experts, quantize
+from pallas_kernels.expert_mlp import IMPLEMENTATIONS
 from pallas_kernels.expert_mlp.interleave import interleave
 from pallas_kernels.expert_mlp.mosaic_config import CONFIGS, SHARED_BYTES, Config, configs_for
-from pallas_kernels.expert_mlp.plan import Plan, place_count, plan, tile_count
+from pallas_kernels.expert_mlp.plan import Plan, plan, tile_count
 from pallas_kernels.expert_mlp.tiles import ExpertTiles, tile_order, to_tiles
 
 pytest.importorskip("triton")
@@ -177,7 +178,7 @@ def planned_request(config, choices: int) -> tuple[Plan, int]:
     start = first + (last - first) // config.tokens * config.tokens
     one = [np.asarray([number]) for number in (1, start, last)]
     row = np.argsort(order)
-    return Plan(order, row, row, *one, one[1], np.asarray([1]), np.zeros(1, int)), 0
+    return Plan(order, row, *one, np.asarray([1]), np.zeros(1, int)), 0
 
 
 def rows_of(planned: Plan, tile: int, config) -> np.ndarray:
@@ -340,9 +341,10 @@ def test_every_tile_is_computed_once_from_its_own_operands(config, monkeypatch):
     w2 = down()[0]
     chosen = jnp.asarray([1] * 40 + [0] * 5 + [1] * 30, jnp.int32)[:, None]
     planned = plan(chosen, 3, config.tokens, implementation="reference")
-    place = np.asarray(planned.place)[planned.order]
+    place, firsts = sorting.places_of(planned)
+    place = np.asarray(place)[planned.order]
     values, scales, _ = (jnp.asarray(each) for each in in_places(ROWS, np.arange(75), place))
-    arguments = (w2, values, scales, planned.order, planned)
+    arguments = (w2, values, scales, planned.order, planned, firsts)
 
     out = kernel.launch(*arguments, config=config, limit=None, interpret=plgpu.InterpretGPUParams())
 
@@ -365,7 +367,7 @@ def tiles_of(experts: int, rows: int, columns: int) -> ExpertTiles:
 
 def planned_shapes(rows: int, experts: int, tokens: int) -> Plan:
     tiles = tile_count(rows, experts, tokens)
-    sizes = (rows, rows, rows, tiles, tiles, tiles, tiles, 1, tiles)
+    sizes = (rows, rows, tiles, tiles, tiles, 1, tiles)
     return Plan(*(jax.ShapeDtypeStruct((size,), jnp.int32) for size in sizes))
 
 
@@ -382,11 +384,12 @@ def lowered(function: Any, *arguments: Any) -> str:
 def test_the_kernels_lower_for_the_experts_of_flash_and_pro(experts, hidden, inner, tokens):
     rows, configs = tokens * 6, configs_for(tokens * 6, experts)
     planned = planned_shapes(rows, experts, configs.gate_up.tokens)
-    places = place_count(planned, experts, configs.gate_up.tokens)
+    places = sorting.place_count(planned, experts, configs.gate_up.tokens)
 
-    def both(w13, w2, x, scales, shares, planned):
-        inner = kernel.launch(w13, x, scales, shares, planned, config=configs.gate_up, limit=LIMIT)
-        return kernel.launch(w2, *inner, planned.order, planned, config=configs.down, limit=None)
+    def both(w13, w2, x, scales, shares, planned, firsts):
+        first, second = configs
+        inner = kernel.launch(w13, x, scales, shares, planned, firsts, config=first, limit=LIMIT)
+        return kernel.launch(w2, *inner, planned.order, planned, firsts, config=second, limit=None)
 
     text = lowered(
         both,
@@ -396,6 +399,7 @@ def test_the_kernels_lower_for_the_experts_of_flash_and_pro(experts, hidden, inn
         jax.ShapeDtypeStruct((hidden // 128, places), jnp.float32),
         jax.ShapeDtypeStruct((places,), jnp.float32),
         planned,
+        planned.start,
     )
 
     assert text.count("@mosaic_gpu_v2") == 2
@@ -421,9 +425,26 @@ def test_the_kernel_that_sorts_compiles(blocks, arch):
     weights = jax.ShapeDtypeStruct((300, 6), jnp.float32)
 
     run = functools.partial(sorting.sorted_tile_quant, places=2000)
-    (launch,) = triton_call.launches(run, x, planned_shapes(1800, 8, 64), weights)
+    (launch,) = triton_call.launches(run, x, weights, jax.ShapeDtypeStruct((1800,), jnp.int32))
 
     assert triton_call.compile_offline(launch, arch).code[:4] == b"\x7fELF"
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 17, 129, 1000], ids="tokens={}".format)
+def test_every_expert_begins_at_an_aligned_place_and_no_two_rows_share_one(tokens):
+    chosen = jax.lax.top_k(jax.random.uniform(jax.random.key(tokens), (tokens, 32)), 6)[1]
+    planned = plan(chosen, 32, 16, implementation="reference")
+
+    place, firsts = (np.asarray(each) for each in sorting.places_of(planned))
+
+    place = place[np.asarray(planned.order)]
+    assert (np.diff(place) > 0).all()
+    assert place.max() < sorting.place_count(planned, 32, 16) - 16
+    for expert, start, end, first in zip(planned.expert, planned.start, planned.end, firsts, strict=True):
+        if expert >= 0:
+            rows = np.arange(start, min(start + 16, end))
+            assert first % sorting.ALIGNED == 0
+            np.testing.assert_array_equal(place[rows], first + np.arange(len(rows)))
 
 
 # --- on a device
@@ -435,10 +456,12 @@ def test_sorting_quantises_as_the_definition_does_at_the_edges():
     chosen = jax.lax.top_k(jax.random.uniform(jax.random.key(1), (129, 8)), 3)[1]
     planned = plan(chosen, 8, 16, implementation="reference")
 
-    values, scales, shares = sorting.sorted_tile_quant(x, planned, weights, place_count(planned, 8, 16))
+    place, _ = sorting.places_of(planned)
+    places = sorting.place_count(planned, 8, 16)
+    values, scales, shares = sorting.sorted_tile_quant(x, weights, place, places)
 
     order = np.asarray(planned.order)
-    place = np.asarray(planned.place)[order]
+    place = np.asarray(place)[order]
     expected_values, expected_scales, _ = in_places(129, order // 3, place)
     np.testing.assert_array_equal(np.float32(values[:, place]), np.float32(expected_values[:, place]))
     np.testing.assert_array_equal(scales[:, place], expected_scales[:, place])
@@ -484,22 +507,39 @@ def test_the_kernels_give_what_the_definition_gives(tokens, experts, skewed):
 
 # --- which experts it takes
 
-X = jax.ShapeDtypeStruct((300, 256), jnp.bfloat16)
+X = jax.ShapeDtypeStruct((300, 512), jnp.bfloat16)
 CHOSEN = jax.ShapeDtypeStruct((300, 6), jnp.int32)
-FP4 = tiles_of(8, 256, 256)
+FEW = jax.ShapeDtypeStruct((18, 6), jnp.int32)
+FP4, DOWN = tiles_of(8, 1024, 512), tiles_of(8, 512, 512)
 
 
 @pytest.mark.parametrize(
-    ("target", "chosen", "w2", "activation", "takes"),
+    ("target", "chosen", "w2", "activation", "few", "many"),
     [
-        (H200, CHOSEN, FP4, "fp8_token128", True),
-        (Target("cuda", "sm_100"), CHOSEN, FP4, "fp8_token128", False),
-        (Target("cpu", ""), CHOSEN, FP4, "fp8_token128", False),
-        (H200, CHOSEN, tiles_of(8, 384, 256), "fp8_token128", False),
-        (H200, CHOSEN, random_stack(8, 256, 256, 1), "fp8_token128", False),
-        (H200, CHOSEN, FP4, None, False),
+        (H200, FEW, DOWN, "fp8_token128", True, True),
+        (H200, FEW, DOWN, None, True, False),
+        (H200, CHOSEN, DOWN, "fp8_token128", False, True),
+        (H200, CHOSEN, DOWN, None, False, False),
+        (Target("cuda", "sm_100"), FEW, DOWN, "fp8_token128", False, False),
+        (Target("cpu", ""), FEW, DOWN, "fp8_token128", False, False),
+        (H200, CHOSEN, tiles_of(8, 320, 512), "fp8_token128", False, False),
+        (H200, FEW, random_stack(8, 512, 512, 1), "fp8_token128", False, False),
     ],
-    ids=["FP4", "Blackwell", "CPU", "rows not by 256", "as stored", "bfloat16 activations"],
+    ids=[
+        "few rows",
+        "few rows, bfloat16 activations",
+        "many rows",
+        "many rows, bfloat16 activations",
+        "Blackwell",
+        "CPU",
+        "rows not by 256",
+        "as stored",
+    ],
 )
-def test_the_kernel_takes(target, chosen, w2, activation, takes):
-    assert mosaic.fits(target, X, chosen, None, FP4, w2, None, LIMIT, activation) is takes
+def test_the_kernels_take(target, chosen, w2, activation, few, many):
+    arguments = (target, X, chosen, None, FP4, w2, None, LIMIT, activation)
+
+    assert mosaic.few_fits(*arguments) is few
+    assert mosaic.many_fits(*arguments) is many
+    fitting = [each for each in IMPLEMENTATIONS if each.name == "mosaic" and each.fits(*arguments)]
+    assert [each.proven for each in fitting] == [True] * few + [False] * many
