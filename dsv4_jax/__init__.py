@@ -7,7 +7,7 @@ from dsv4_jax.config import Config
 from dsv4_jax.decode import Requests
 from dsv4_jax.errors import DSV4Error
 from dsv4_jax.generate import decode_step, generate, prefill
-from dsv4_jax.llm import LLM, GenerationOutput
+from dsv4_jax.llm import LLM, ChatOutput, GenerationOutput
 from dsv4_jax.model import Transformer
 from dsv4_jax.mtp import MTPHead
 from dsv4_jax.numerics import KVQUANT, OFFICIAL, PLAIN, Numerics
@@ -20,6 +20,7 @@ __all__ = [
     "LLM",
     "OFFICIAL",
     "PLAIN",
+    "ChatOutput",
     "Config",
     "DSV4Error",
     "GenerationOutput",

@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 from dsv4_jax.cache import Cache, LayerCache
 from dsv4_jax.model import Transformer
 from dsv4_jax.mtp import MTPHead
+from dsv4_jax.penalties import Penalties, Said, penalised
 from dsv4_jax.sampling import SamplingArrays, SamplingParams
 from dsv4_jax.speculative import propose, verify
 
@@ -48,19 +49,23 @@ class Requests:
       max_tokens: how many it gets; 0 for a row that only fills the batch.
       stop_at_eos: whether an EOS ends it.
       forced: its next token, whatever the model says, or FREE; None where no row is ever told.
+      penalties: on what it has said; None where no row asks for any.
     """
 
     sampling: SamplingArrays
     max_tokens: Int32[Array, " B"]
     stop_at_eos: Bool[Array, " B"]
     forced: Int32[Array, " B"] | None = None
+    penalties: Penalties | None = None
 
     @classmethod
     def stack(cls, params: Sequence[SamplingParams]) -> Self:
         """One row per request, in order; none is told its tokens."""
         limits = np.array([each.max_tokens for each in params], np.int32)
         stops = np.array([not each.ignore_eos for each in params])
-        return cls(SamplingArrays.stack(params), jnp.asarray(limits), jnp.asarray(stops))
+        penalties = Penalties.stack(params) if any(each.penalises for each in params) else None
+        columns = SamplingArrays.stack(params), jnp.asarray(limits), jnp.asarray(stops)
+        return cls(*columns, penalties=penalties)
 
 
 @jax.tree_util.register_dataclass
@@ -85,6 +90,7 @@ class Sequences:
       count: how many tokens the row has generated.
       done: whether it gets no more.
       caches: of the tokens before the newest.
+      said: in prompt and answer, where requests have penalties.
     """
 
     token: Int32[Array, " B"]
@@ -94,6 +100,7 @@ class Sequences:
     count: Int32[Array, " B"]
     done: Bool[Array, " B"]
     caches: Caches
+    said: Said | None = None
 
 
 class Read(NamedTuple):
@@ -189,6 +196,7 @@ def first_step(
     caches: Caches,
     draft_tokens: int,
     eos_token_id: int,
+    said: Said | None = None,
 ) -> tuple[Added, Sequences]:
     """The first token of each row, from what the model says after its prompt's last token (n = 1).
 
@@ -196,6 +204,7 @@ def first_step(
       length: tokens of each prompt.
       caches: of the whole prompt; the head's of all of it but the last token.
       draft_tokens: how many drafts each step is to have.
+      said: the prompts, where requests have penalties.
     """
     batch, vocab = length.shape[0], last.logits.shape[-1]
     before = Sequences(
@@ -206,6 +215,7 @@ def first_step(
         count=jnp.zeros_like(length),
         done=requests.max_tokens <= 0,
         caches=caches,
+        said=said,
     )
     return advance(models, requests, before, last, draft_tokens, eos_token_id)
 
@@ -236,7 +246,10 @@ def advance(
 ) -> tuple[Added, Sequences]:
     """What follows from what the model said of the tokens just read: more tokens, and the next drafts."""
     drafts, count = sequences.drafts, sequences.count
-    standing, token = verify(found.logits, drafts, sequences.drawn_from, requests.sampling, count)
+    logits, said = found.logits, sequences.said
+    if requests.penalties is not None and said is not None:
+        logits = penalised(logits, drafts, requests.penalties, said)
+    standing, token = verify(logits, drafts, sequences.drawn_from, requests.sampling, count)
 
     if requests.forced is not None:
         told = requests.forced != FREE
@@ -262,6 +275,7 @@ def advance(
         count=new_count,
         done=done,
         caches=Caches(sequences.caches.main, head),
+        said=None if said is None else said.and_then(tokens, added.count),
     )
     return added, following
 

@@ -19,7 +19,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
@@ -52,6 +52,7 @@ from dsv4_jax.errors import MemoryPlanError, RequestError
 from dsv4_jax.model import Params, bind
 from dsv4_jax.mtp import bind_mtp, make_mtp_cache
 from dsv4_jax.numerics import Numerics
+from dsv4_jax.penalties import Penalties, Said
 from dsv4_jax.prefix import PrefixCache, PromptState, put_block, take_block
 from dsv4_jax.sampling import KINDS, SamplingParams
 from dsv4_jax.sharding import constrain
@@ -169,6 +170,7 @@ class Engine:
         self._numbers = itertools.count()
         self._waiting: collections.deque[_Request] = collections.deque()
         self._running: dict[int, _Request] = {}  # by slot
+        self._penalised: tuple[Penalties, Said] | None = None
         self._late: list[Event] = []  # of requests that were cancelled
         self._flying: tuple[Added, dict[int, _Request]] | None = None
 
@@ -233,7 +235,8 @@ class Engine:
             decoding = {slot: each for slot, each in self._running.items() if not each.reading}
             if decoding:
                 self._tell(decoding.values())
-                self._flying = self._decode(self._asked(decoding.values())), decoding
+                with self._asked(decoding.values()) as asked:
+                    self._flying = self._decode(asked), decoding
                 self.steps += 1
             if landed is not None:
                 events += self._events(*landed)
@@ -339,6 +342,40 @@ class Engine:
                 self._running[slot] = request
                 row = _request_row(request.sampling)
                 self._requests = _set_row(self._requests, row, np.int32(slot))
+                if request.sampling.penalises or self._penalised is not None:
+                    self._remember(request)
+
+    def _remember(self, request: _Request) -> None:
+        """Notes a request's penalties, perhaps none, and its prompt; the first with any makes room for it."""
+        vocab_size = self.model.config.vocab_size
+        if self._penalised is None:
+            none = Penalties.stack([SamplingParams()] * self.slots)
+            self._penalised = none, Said.nothing(self.slots, vocab_size)
+        row = Penalties.stack([request.sampling]), Said.prompt_of(request.ids, vocab_size)
+        slot = np.int32(request.slot)  # type: ignore[arg-type]
+        self._penalised = _set_row(self._penalised, row, slot)
+
+    @contextmanager
+    def _asked(self, requests: Iterable[_Request]) -> Iterator[Requests]:
+        """What all rows ask for, said to be no more than these do: the others' tokens do not matter.
+
+        Inside, the sequences know what has been said if one of these has penalties.
+        """
+        requests = list(requests)
+        kind = max((request.sampling.kind for request in requests), key=KINDS.index)
+        asked = dataclasses.replace(
+            self._requests, sampling=dataclasses.replace(self._requests.sampling, kind=kind)
+        )
+        if not any(request.sampling.penalises for request in requests):
+            yield asked
+            return
+        assert self._penalised is not None
+        penalties, said = self._penalised
+        self._sequences = dataclasses.replace(self._sequences, said=said)
+        yield dataclasses.replace(asked, penalties=penalties)
+        assert self._sequences.said is not None
+        self._penalised = penalties, self._sequences.said
+        self._sequences = dataclasses.replace(self._sequences, said=None)
 
     @property
     def _state(self) -> PromptState:
@@ -391,10 +428,10 @@ class Engine:
         self._tell([request])
         place = np.array([slot, len(request.ids)], np.int32)
         last = _read_out(*self._static, self._params[0], self._last, np.int32(slot))
-        asked = self._asked([request])
-        added, self._sequences = _begin(
-            *self._static, self.draft_tokens, self._params, asked, self._sequences, last, place
-        )
+        with self._asked([request]) as asked:
+            added, self._sequences = _begin(
+                *self._static, self.draft_tokens, self._params, asked, self._sequences, last, place
+            )
         return self._events(added, {0: request}, drafted=0)
 
     def _read_ids(self, ids: Int32[np.ndarray, "1 T"], numbers: Int32[np.ndarray, "3"]) -> None:
@@ -404,12 +441,6 @@ class Engine:
         behind = caches.head, self._last
         head, last = _follow(*self._static, self._params, behind, streams, ids, numbers)
         self._state = PromptState(Caches(main, head), last)
-
-    def _asked(self, requests: Iterable[_Request]) -> Requests:
-        """What all rows ask for, said to be no more than these do: the others' tokens do not matter."""
-        kind = max((request.sampling.kind for request in requests), key=KINDS.index)
-        sampling = dataclasses.replace(self._requests.sampling, kind=kind)
-        return dataclasses.replace(self._requests, sampling=sampling)
 
     def _decode(self, asked: Requests) -> Added:
         """Reads the newest token and the drafts of every row, and lets what follows from that come next."""
@@ -596,7 +627,8 @@ def _begin(
     models, slot = _models(config, numerics, params), place[0]
     row = _row(sequences.caches, slot)
     asked = _row(requests, slot)
-    added, begun = first_step(models, asked, last, place[1:], row, draft_tokens, config.eos_token_id)
+    said = None if sequences.said is None else _row(sequences.said, slot)
+    added, begun = first_step(models, asked, last, place[1:], row, draft_tokens, config.eos_token_id, said)
     return added, _set_row(sequences, begun, slot)
 
 
@@ -638,7 +670,9 @@ def _idle(slots: int) -> Requests:
 
 
 def _request_row(sampling: SamplingParams) -> Requests:
-    return dataclasses.replace(Requests.stack([sampling]), forced=jnp.array([FREE], jnp.int32))
+    return dataclasses.replace(
+        Requests.stack([sampling]), forced=jnp.array([FREE], jnp.int32), penalties=None
+    )
 
 
 def free_bytes() -> int | None:

@@ -30,6 +30,7 @@ from dsv4_jax.decode import (
 from dsv4_jax.model import Params, bind
 from dsv4_jax.mtp import bind_mtp, make_mtp_cache
 from dsv4_jax.numerics import Numerics
+from dsv4_jax.penalties import Said
 
 NO_TOKEN = -1  # fills a row of tokens after its end
 
@@ -259,7 +260,8 @@ def generate(
     else:
         streams, caches = read_prompt(models, ids, jnp.zeros_like(length), length, caches, chunk)
         last = read_out(models.main, streams[:, None])
-    added, sequences = first_step(models, requests, last, length, caches, draft_tokens, eos)
+    said = Said.prompts_of(ids, length, config.vocab_size) if requests.penalties is not None else None
+    added, sequences = first_step(models, requests, last, length, caches, draft_tokens, eos, said)
 
     def one_step(carry: tuple[Generation, Sequences]) -> tuple[Generation, Sequences]:
         written, sequences = carry

@@ -445,6 +445,12 @@ class LLM:
                 )
             if not prompt:
                 raise RequestError(f"{name} is empty", hint="give at least one character")
+            if (fewest := self.tokenizer.fewest_tokens(prompt)) >= self.max_len:
+                raise RequestError(
+                    f"{name} has {fewest} tokens at least and leaves no room to answer within max_len"
+                    f" {self.max_len}",
+                    hint="shorten the prompt or raise max_len",
+                )
             prompt = self.tokenizer.encode(prompt)
         elif _is_conversation(prompt):
             prompt = self._chat_ids(prompt, name, **chat)

@@ -21,7 +21,19 @@ from dsv4_jax.errors import EXIT_BAD_DATA, EXIT_NO_INPUT, RequestError
 from dsv4_jax.sampling import SamplingParams
 
 # What a row may set for itself; anything else in it is taken for a slip of the pen.
-SAMPLING_KEYS = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "ignore_eos", "stop")
+SAMPLING_KEYS = (
+    "max_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "seed",
+    "ignore_eos",
+    "stop",
+)
 CHAT_KEYS = ("tools", "thinking", "effort")  # of a row with messages, as `encode_chat` takes them
 PROMPT_KEYS = ("prompt", "tokens", "messages")
 _KEYS = ("id", *PROMPT_KEYS, *SAMPLING_KEYS, *CHAT_KEYS)

@@ -31,6 +31,9 @@ _RANGES: dict[str, tuple[type, Callable[[Any], bool], str]] = {
     "top_k": (Integral, lambda value: 0 <= value < 2**31, "an integer >= 0 (0 turns it off)"),
     "top_p": (Real, lambda value: 0 < value <= 1, "in (0, 1]"),
     "min_p": (Real, lambda value: 0 <= value <= 1, "in [0, 1]"),
+    "repetition_penalty": (Real, lambda value: 0 < value <= 2, "in (0, 2]"),
+    "presence_penalty": (Real, lambda value: -2 <= value <= 2, "in [-2, 2]"),
+    "frequency_penalty": (Real, lambda value: -2 <= value <= 2, "in [-2, 2]"),
     "seed": (Integral, lambda value: 0 <= value < 2**32, "an integer in [0, 2**32)"),
     "ignore_eos": (bool, lambda _: True, "True or False"),
     "logprobs": (bool, lambda _: True, "True or False"),
@@ -50,6 +53,9 @@ class SamplingParams:
     top_k: int = 0  # keep the k most likely tokens; 0 is off
     top_p: float = 1.0  # keep the fewest tokens that together reach this probability; 1 is off
     min_p: float = 0.0  # keep tokens at least this fraction as likely as the best one; 0 is off
+    repetition_penalty: float = 1.0  # for tokens of prompt and answer; 1 is off
+    presence_penalty: float = 0.0  # subtracted from the logits of tokens of the answer; 0 is off
+    frequency_penalty: float = 0.0  # the same, for each time that they are there; 0 is off
     seed: int = 0
     ignore_eos: bool = False  # go on to max_tokens past an end-of-sentence token
     logprobs: bool = False  # list the log-probability of each generated token in the output
@@ -63,6 +69,11 @@ class SamplingParams:
             right_kind = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
             if not right_kind or not holds(value):
                 raise RequestError(f"{name} must be {wanted}, got {value!r}.")
+
+    @property
+    def penalises(self) -> bool:
+        """Whether it asks for any penalty."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
 
     @property
     def kind(self) -> Kind:

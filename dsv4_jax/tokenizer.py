@@ -81,6 +81,10 @@ class Tokenizer:
         """
         return self._plain.encode(check_text(text), add_special_tokens=False).ids
 
+    def fewest_tokens(self, text: str) -> int:
+        """A number of tokens that `text` has at least, known at once."""
+        return -(-len(check_text(text).encode()) // self._longest)
+
     def control_id(self, token: str) -> int:
         """The id of a control token.
 
@@ -130,6 +134,11 @@ class Tokenizer:
         if all(character in _BYTE_OF for character in token):
             return bytes(_BYTE_OF[character] for character in token)
         return token.encode()  # an added token, spelled as it is
+
+    @functools.cached_property
+    def _longest(self) -> int:
+        """Bytes of the longest token."""
+        return max(map(len, map(str.encode, self._bpe.get_vocab(with_added_tokens=True))))
 
     @functools.cached_property
     def _left_out(self) -> frozenset[int]:

@@ -63,7 +63,7 @@ def main() -> int:
         subprocess.run([*command, "-o", str(pieces)], check=True, capture_output=True)
         same = (folder / "whole.jsonl").read_bytes() == pieces.read_bytes()
         print(
-            f"killed {kills} times, at {', '.join(map(str, ends))} rows or just after; {torn} lines were torn;"
+            f"killed {kills} times, at {', '.join(map(str, ends))} rows or after; {torn} lines were torn;"
             f" {time.monotonic() - started:.0f} s; {_rows(pieces)} rows,"
             f" {'the same bytes' if same else 'OTHER BYTES'}"
         )

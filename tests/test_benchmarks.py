@@ -206,8 +206,8 @@ def test_a_step_with_drafts_is_measured_layer_by_layer(decode, tmp_path, capsys)
 
     layers = [f"layer tiny {kind} decode B=3 ctx=40 k=1" for kind in decode.KINDS]
     few, whole = (f"tiny {count} layers decode step B=3 ctx=40 k=1" for count in (3, 5))
-    swa = "layer tiny SWA decode B=3 ctx=1M"  # the only one for whose cache there is room
-    assert list(rows) == [few, *layers, whole, swa]
+    fitting = [f"layer tiny {kind} decode B=3 ctx=1M" for kind in ("SWA", "HCA")]  # caches there is room for
+    assert list(rows) == [few, *layers, whole, *fitting]
     assert rows[whole]["us"] == pytest.approx(sum(rows[each]["us"] for each in (few, *layers[1:])), abs=0.1)
     assert rows[whole]["tokens_per_second_if_all_stand"] == pytest.approx(
         2 * rows[whole]["tokens_per_second"], rel=1e-3

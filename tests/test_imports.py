@@ -24,7 +24,7 @@ LEVELS = [
     ["mtp"],
     ["checkpoint.*"],
     ["sampling"],
-    ["speculative"],
+    ["penalties", "speculative"],
     ["decode"],
     ["generate", "prefix"],
     ["engine"],

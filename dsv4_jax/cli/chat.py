@@ -21,6 +21,7 @@ from dsv4_jax.cli.options import (
     sampling_of,
 )
 from dsv4_jax.cli.talk import say, show
+from dsv4_jax.compiles import count_compiles
 from dsv4_jax.errors import NumericError, RequestError
 from dsv4_jax.llm import LLM
 from dsv4_jax.stops import AnswerText
@@ -133,10 +134,10 @@ class _Talk:
         until = AnswerText(tokenizer, self._sampling.stop)
         completion, count, started, first = Completion(), 0, time.perf_counter(), 0.0
         reason = "interrupted"
-        with _interruptible() as interrupted:
+        with _interruptible() as interrupted, count_compiles() as compiles:
             events = self._llm.stream(ids, self._sampling, name="the conversation")
             for event in events:
-                first = first or time.perf_counter() - started
+                first = first or time.perf_counter() - started - compiles.seconds
                 count += len(event.token_ids)
                 until.put(event.token_ids)
                 for delta in parser.put(event.token_ids):
@@ -154,7 +155,7 @@ class _Talk:
             content = completion.content.partition(until.found)[0]
             completion = Completion(completion.reasoning, content, completion.tool_calls)
         self._messages = [*messages, completion.to_message()]
-        seconds = time.perf_counter() - started
+        seconds = time.perf_counter() - started - compiles.seconds
         if self._json:
             show(
                 completion.to_message()
@@ -168,6 +169,7 @@ class _Talk:
         say(
             f"{reason}: {count} tokens, the first after {first:.2f} s,"
             f" {max(count - 1, 0) / max(seconds - first, 1e-9):.1f} tok/s after it"
+            + (f"; {compiles.seconds:.1f} s of compiling" if compiles.count else "")
         )
         if reason == "error":
             raise NumericError(f"logits were not finite numbers after {count} tokens")

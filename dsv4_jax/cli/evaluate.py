@@ -120,7 +120,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _need_matplotlib() -> None:
     try:
-        import matplotlib  # noqa: F401
+        import matplotlib  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise RequestError("--report needs matplotlib", hint="pip install 'dsv4-jax[report]'") from None
 

@@ -44,6 +44,9 @@ def add_sampling(command: argparse.ArgumentParser) -> None:
     add("--top-k", type=int, default=defaults.top_k, metavar="K", help="0: off")
     add("--top-p", type=float, default=defaults.top_p, metavar="P")
     add("--min-p", type=float, default=defaults.min_p, metavar="P")
+    for name in ("repetition", "presence", "frequency"):
+        off = getattr(defaults, f"{name}_penalty")
+        add(f"--{name}-penalty", type=float, default=off, metavar="X", help=f"{off:g}: off")
     add("--stop", action="append", default=[], metavar="TEXT", help="ends an answer; may be given again")
     add("--seed", type=int, default=defaults.seed, metavar="S")
     add("--ignore-eos", action="store_true", help="go on past an end-of-sentence token")

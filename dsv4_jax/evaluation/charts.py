@@ -16,7 +16,7 @@ _INK, _LOUD = "#1f3a5f", "#d1495b"
 def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, list[Any]]:
     """A figure and its axes, row by row."""
     try:
-        from matplotlib.figure import Figure
+        from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise RequestError("a report needs matplotlib", hint="pip install 'dsv4-jax[report]'") from None
     figure = Figure(figsize=(width, height), layout="constrained")

@@ -3,15 +3,15 @@
 Norm, rotary embedding and quantisation of whole vectors, each op in one pass. A rotation comes as cosine and
 sine of each pair's angle, so that layers share them; it turns the last 2 * pairs columns, two neighbours at a
 time. Between two steps numbers are rounded to the dtype of the input. Where an op takes some columns of a
-product, it is given the whole product and where they begin: a slice would be a kernel of its own. What a cache
-is to keep is written into it by the op that makes it.
+product, it is given the whole product and where they begin: a slice would be a kernel of its own. What a
+cache is to keep is written into it by the op that makes it.
 """
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.attention_inputs import reference
-from pallas_kernels.cached_rows import CachedRows, QuantKV
+from pallas_kernels.cached_rows import CachedRows, KeyValues, QuantKV
 from pallas_kernels.dispatch import Implementation, select
 from pallas_kernels.formats import QuantArray
 from pallas_kernels.indexer.queries import TiledQueries
@@ -141,11 +141,11 @@ ENTRIES = (
 )
 
 
-def attention_latents(
+def attention_latents[Rows: KeyValues](
     x: Float[Array, "B T Q+D"],
     q_weight: Float[Array, " Q"],
     kv_weight: Float[Array, " D"],
-    window: CachedRows,
+    window: Rows,
     position: Int32[Array, " B"],
     length: Int32[Array, " B"],
     cos: Float32[Array, "B T pairs"],
@@ -155,7 +155,7 @@ def attention_latents(
     format: str | None,
     activation: str | None,
     implementation: str | None = None,
-) -> tuple[Float[Array, "B T Q"] | QuantArray, Float[Array, "B T D"], CachedRows]:
+) -> tuple[Float[Array, "B T Q"] | QuantArray, Float[Array, "B T D"], Rows]:
     """What queries are made of, normalised; and key-values, normalised, rotated and through `format`.
 
     Also the window with the key-values of the first `length` tokens in it.
@@ -238,10 +238,10 @@ def index_query(
     return select(INDEX_QUERY, implementation, q, projected, column, cos, sin, format)
 
 
-def compressed_entries(
+def compressed_entries[Rows: CachedRows](
     projected: Float32[Array, "B T P"],
     ape: Float32[Array, "ratio C"],
-    entries: CachedRows,
+    entries: Rows,
     kv_ring: Float32[Array, "B S C"],
     score_ring: Float32[Array, "B S C"],
     position: Int32[Array, " B"],
@@ -256,13 +256,13 @@ def compressed_entries(
     format: str | None,
     dtype=jnp.bfloat16,
     implementation: str | None = None,
-) -> tuple[CachedRows, Float32[Array, "B S C"], Float32[Array, "B S C"]]:
+) -> tuple[Rows, Float32[Array, "B S C"], Float32[Array, "B S C"]]:
     """The cache with the entries that `length` new tokens complete: pooled, normalised, rotated, quantised.
 
     Also the rings with the raw rows of those tokens. Entry i of a sequence covers positions i * ratio to
     (i + 1) * ratio - 1. What is pooled how is said at `compress`; what precedes the text takes no part.
-    `compress` is followed by a rounding to `dtype`, an RMSNorm, and then by what `attention_latents` does with
-    key-values, or, `for_index`, what becomes of queries in `index_query` up to their format.
+    `compress` is followed by a rounding to `dtype`, an RMSNorm, and then by what `attention_latents` does
+    with key-values, or, `for_index`, by what becomes of queries in `index_query`.
 
     Args:
       projected: a product, whose C columns from `column` on are the values of the new tokens, and the C after

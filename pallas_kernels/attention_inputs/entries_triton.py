@@ -1,4 +1,4 @@
-"""`compressed_entries` in Triton: each program makes one entry, from raw rows to the bytes that the cache keeps.
+"""`compressed_entries` in Triton: a program makes one entry, from raw rows to the bytes that the cache keeps.
 
 Most decode steps complete no entry: their programs put the new rows into the rings and are gone.
 """
@@ -9,7 +9,9 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 from pallas_kernels.attention_inputs.parts_triton import (
+    as_bytes,
     constants,
+    from_bytes,
     hadamard,
     keep_index_keys,
     keep_key_values,
@@ -213,7 +215,7 @@ def compressed_entries(
     remember = tokens <= slots - (windows * ratio - 1)
     at_once = min(ratio * windows, _ROWS_AT_ONCE)
     num_warps = max(1, min(16, width * at_once // 1024))
-    codes = jax.tree.leaves(entries)
+    codes = as_bytes(entries)
     if for_index:
         codes.append(weight)  # in place of rotated columns, never read or written
     kept = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in (*codes, kv_ring, score_ring)]
@@ -257,5 +259,4 @@ def compressed_entries(
     if not remember:
         rows = raw_rows(projected, column, ape, position)
         rings = (written(*each, position, length) for each in zip(rings, rows, strict=True))
-    leaves = codes[:2] if for_index else codes
-    return jax.tree.unflatten(jax.tree.structure(entries), leaves), *rings
+    return from_bytes(codes[:2] if for_index else codes, entries), *rings

@@ -4,13 +4,17 @@ All numbers are float32. A step takes what bfloat16 can hold, and gives what is 
 kernel rounds between two steps wherever the definition does.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import triton
 import triton.language as tl
 
-from pallas_kernels.formats import FORMATS
+from pallas_kernels.cached_rows import QuantKV
+from pallas_kernels.formats import FORMATS, QuantArray
 
 
 @triton.jit
@@ -117,8 +121,9 @@ def requantized(
 
 @triton.jit
 def e4m3_byte(x):
-    """The nearest of E4M3, of numbers that are not beyond it: its bits are those of a float32 that is 2^-120 of
-    it. On any chip, as some have other FP8 numbers, or none.
+    """The nearest of E4M3, of numbers that are not beyond it; on any chip, as some have other FP8, or none.
+
+    Its bits are those of a float32 that is 2^-120 of it.
     """
     bits = (x * 2.0**-120).to(tl.int32, bitcast=True)
     nearest = bits + 0x7FFFF + ((bits >> 20) & 1)
@@ -137,7 +142,7 @@ def _divided(x, exponent, ROWS: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.con
 def keep_key_values(
     x,  # [ROWS, WIDTH]: numbers that went through the format
     exponent,  # [ROWS, WIDTH // GROUP]
-    nope,  # [.., WIDTH - 2 * PAIRS] float8_e4m3fn
+    nope,  # [.., WIDTH - 2 * PAIRS] bytes of E4M3
     scale,  # [.., SCALES] uint8
     rope,  # [.., 2 * PAIRS] bfloat16
     to,  # [ROWS] int64: rows of these
@@ -151,7 +156,7 @@ def keep_key_values(
     """Rows as a QuantKV has them."""
     PLAIN: tl.constexpr = WIDTH - 2 * PAIRS
     channel, group, place = tl.arange(0, WIDTH), tl.arange(0, WIDTH // GROUP), tl.arange(0, SCALES)
-    nope, rows, there = nope.to(tl.pointer_type(tl.uint8)), to[:, None], kept[:, None]
+    rows, there = to[:, None], kept[:, None]
     codes = e4m3_byte(_divided(x, exponent, ROWS, WIDTH, GROUP))
     tl.store(nope + rows * PLAIN + channel[None, :], codes, mask=there & (channel < PLAIN)[None, :])
     at = scale + rows * SCALES
@@ -185,6 +190,26 @@ def keep_index_keys(
     tl.store(at, (even | (odd << 4)).to(tl.uint8), mask=kept[:, None])
     at = scale + rows * (WIDTH // GROUP) + group[None, :]
     tl.store(at, exponent.to(tl.uint8), mask=kept[:, None])
+
+
+def as_bytes(rows: QuantKV | QuantArray) -> list[jax.Array]:
+    """Its arrays as kernels take them: some chips' Triton knows no E4M3. XLA moves nothing for this."""
+    return [
+        leaf if leaf.dtype != jnp.float8_e4m3fn else jax.lax.bitcast_convert_type(leaf, jnp.uint8)
+        for leaf in jax.tree.leaves(rows)
+    ]
+
+
+def from_bytes[Rows: QuantKV | QuantArray](bytes: Sequence[jax.Array], like: Rows) -> Rows:
+    """The inverse."""
+    leaves, structure = jax.tree.flatten(like)
+    return jax.tree.unflatten(
+        structure,
+        [
+            each if each.dtype == leaf.dtype else jax.lax.bitcast_convert_type(each, leaf.dtype)
+            for each, leaf in zip(bytes, leaves, strict=True)
+        ],
+    )
 
 
 _NARROW = {"fp8_block64": (-6, 3), "fp4_group32": (0, 1)}  # smallest normal exponent, mantissa bits

@@ -124,7 +124,7 @@ def compressed_entries(
         made = quantize_plain(rotate(normed, cos, sin), cos.shape[-1], format)
     complete_BN = (entry_BN + 1) * ratio <= (position + length)[:, None]
     entries = write_rows(entries, made, entry_BN, complete_BN)
-    return entries, *(written(*each, position, length) for each in ((kv_ring, kv), (score_ring, score)))
+    return entries, written(kv_ring, kv, position, length), written(score_ring, score, position, length)
 
 
 def raw_rows(

@@ -12,8 +12,10 @@ import triton.language as tl
 from pallas_kernels.activation_quant import activation_quant
 from pallas_kernels.activation_quant.triton import quantized
 from pallas_kernels.attention_inputs.parts_triton import (
+    as_bytes,
     constants,
     e4m3_byte,
+    from_bytes,
     hadamard,
     keep_key_values,
     normalized,
@@ -106,7 +108,7 @@ def _latents(
         numbers = rounded(normalized(numbers, Q, EPS) * weights[None, :], VENDOR)
         if QUANTIZE:
             BLOCKS: tl.constexpr = Q_WIDTH // 128
-            values, exponent = quantized(tl.reshape(numbers, [Q_ROWS * BLOCKS, 128]), Q_FLOOR, Q_MOST)
+            values, scales = quantized(tl.reshape(numbers, [Q_ROWS * BLOCKS, 128]), Q_FLOOR, Q_MOST)
             tl.store(
                 q + row[:, None].to(tl.int64) * Q + column[None, :],
                 tl.reshape(values, [Q_ROWS, Q_WIDTH]),
@@ -115,7 +117,7 @@ def _latents(
             block = tl.arange(0, BLOCKS)
             tl.store(
                 scale + row[:, None].to(tl.int64) * (Q // 128) + block[None, :],
-                tl.reshape(exponent.to(tl.uint8), [Q_ROWS, BLOCKS]),
+                tl.reshape(scales.to(tl.uint8), [Q_ROWS, BLOCKS]),
                 mask=(row < TOTAL)[:, None] & (block < Q // 128)[None, :],
             )
         else:
@@ -153,7 +155,7 @@ def _index_query(
     projected,  # [tokens, COLUMNS] float32, with the weights of the heads from COLUMN on
     cos,  # [tokens, PAIRS] float32
     sin,
-    out,  # [TOTAL, WIDTH] float8_e4m3fn: TiledQueries
+    out,  # [TOTAL, WIDTH] bytes of TiledQueries
     weights,  # [TOTAL] float32
     TOTAL: tl.constexpr,
     HEADS: tl.constexpr,
@@ -188,7 +190,7 @@ def _index_query(
     channel = tl.arange(0, WIDTH)
     thread, word = channel // (WIDTH // 4), channel // 8 % (WIDTH // 32)
     place = word * 32 + channel // 4 % 2 * 16 + thread * 4 + channel % 4
-    to = out.to(tl.pointer_type(tl.uint8)) + row[:, None].to(tl.int64) * WIDTH + place[None, :]
+    to = out + row[:, None].to(tl.int64) * WIDTH + place[None, :]
     tl.store(to, e4m3_byte(x * inverse[:, None]), mask=real[:, None])
 
     weight = tl.load(
@@ -217,11 +219,11 @@ def latents(
 ) -> tuple[jax.Array | QuantArray, jax.Array, QuantKV]:
     *outer, columns = x.shape
     width, q_columns, total = kv_weight.size, q_weight.size, x.size // columns
-    q_width = triton.next_power_of_2(q_columns)
+    q_width = 1 << (q_columns - 1).bit_length()
     # Where the chip has other FP8 numbers, or none, the definition makes them.
     quantize = activation is not None and current_target().has_e4m3
     q_rows, rows = (1 if total <= _FEW else max(1, 2048 // each) for each in (q_width, width))
-    rings = (window.nope, window.scale, window.rope)
+    rings = as_bytes(window)
     q, scale, kv, *rings = triton_call(
         _latents,
         x,
@@ -258,7 +260,7 @@ def latents(
     )
     if activation is not None:
         q = QuantArray(q, scale, activation) if quantize else activation_quant(q)
-    return q, kv, QuantKV(*rings)
+    return q, kv, from_bytes(rings, window)
 
 
 def query(q: jax.Array, cos: jax.Array, sin: jax.Array, eps: float) -> jax.Array:
@@ -300,7 +302,7 @@ def index_query(
         cos,
         sin,
         out=(
-            jax.ShapeDtypeStruct(q.shape, jnp.float8_e4m3fn),
+            jax.ShapeDtypeStruct(q.shape, jnp.uint8),
             jax.ShapeDtypeStruct((*outer, heads), jnp.float32),
         ),
         grid=(-(-total // rows),),
@@ -317,7 +319,7 @@ def index_query(
         ROWS=rows,
         **constants(format),
     )
-    return TiledQueries(values), weights
+    return TiledQueries(jax.lax.bitcast_convert_type(values, jnp.float8_e4m3fn)), weights
 
 
 def _rows_of_a_program(x: jax.Array) -> int:

@@ -13,32 +13,30 @@ from pallas_kernels.target import Target
 MOST_NUMBERS = 2**31  # the kernels' offsets have 32 bits
 
 
-def _mosaic_block_matmul(*args, **kwargs):
-    from pallas_kernels.block_matmul import mosaic  # an import that only a Hopper GPU needs
+def _mosaic_block_matmul(x, weight, out_dtype, **kwargs):
+    from pallas_kernels.block_matmul import mosaic, mosaic_config, mosaic_few  # that only a Hopper GPU needs
 
-    return mosaic.block_matmul(*args, **kwargs)
+    shape = mosaic_config.takes(x, weight, out_dtype)
+    config = mosaic_config.chosen(shape) or mosaic_config.by_rule(shape)
+    module = mosaic_few if isinstance(config, mosaic_config.Few) else mosaic
+    return module.block_matmul(x, weight, out_dtype, config=config, **kwargs)
 
 
 def _mosaic_fits(target: Target, x, weight, out_dtype) -> bool:
     if target.vendor != "cuda" or target.arch != "sm_90":
         return False
-    from pallas_kernels.block_matmul import mosaic
+    from pallas_kernels.block_matmul import mosaic_config
 
-    return mosaic.fits(target, x, weight, out_dtype)
-
-
-def _few_block_matmul(*args, **kwargs):
-    from pallas_kernels.block_matmul import mosaic_few
-
-    return mosaic_few.block_matmul(*args, **kwargs)
+    return mosaic_config.takes(x, weight, out_dtype) is not None
 
 
-def _few_fits(target: Target, x, weight, out_dtype) -> bool:
-    if target.vendor != "cuda" or target.arch != "sm_90":
+def _mosaic_is_faster(target: Target, x, weight, out_dtype) -> bool:
+    """Than Triton's kernel."""
+    if not _mosaic_fits(target, x, weight, out_dtype):
         return False
-    from pallas_kernels.block_matmul import mosaic_few
+    from pallas_kernels.block_matmul import mosaic_config
 
-    return mosaic_few.fits(target, x, weight, out_dtype)
+    return mosaic_config.chosen(mosaic_config.takes(x, weight, out_dtype)) is not None
 
 
 def _triton_block_matmul(*args, **kwargs):
@@ -71,9 +69,9 @@ def _triton_fits_diagonal(target: Target, x, weight, out_dtype) -> bool:
 
 
 MATMUL = (
-    Implementation("mosaic", _few_block_matmul, fits=_few_fits, proven=False),
-    Implementation("mosaic", _mosaic_block_matmul, fits=_mosaic_fits),
+    Implementation("mosaic", _mosaic_block_matmul, fits=_mosaic_is_faster),
     Implementation("triton", _triton_block_matmul, fits=_triton_fits),
+    Implementation("mosaic", _mosaic_block_matmul, fits=_mosaic_fits),
     Implementation("reference", reference.block_matmul),
 )
 DIAGONAL = (

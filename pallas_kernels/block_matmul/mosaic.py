@@ -19,117 +19,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.block_matmul import wgmma
+from pallas_kernels.block_matmul.mosaic_config import MULTIPROCESSORS, SHARED_BYTES, Many, Shape, many_for
 from pallas_kernels.block_matmul.tiles import BLOCK
 from pallas_kernels.block_matmul.wgmma import HEIGHT, SWIZZLED
 from pallas_kernels.formats import QuantArray
-from pallas_kernels.target import Target
 
-FEWEST_TOKENS = 512  # below, reading the weights is most of the work, and Triton's kernels do that as well
-SHARED_BYTES = 232448 - 1024  # what a program may have on Hopper, less room for barriers
-MULTIPROCESSORS = 132
-TOGETHER = 4
-STEP_COST = (
-    8000  # of a block of columns beside its products, in units of the tile's size; measured on an H200
-)
 # Registers of a thread once all know their part, those that load and those that multiply, by the number of
 # warpgroups that multiply. At first all have the same: 168 of 384 threads, 128 of 512.
 REGISTERS = {2: (40, 232), 3: (32, 160)}
+TOGETHER = 4  # blocks of columns in one turn of the loop, if products are begun ahead
 
 ROW = plgpu.Layout.WGMMA.reduce(1)  # one number a token, where a product has that token
-
-
-class Config(NamedTuple):
-    """How a product is cut into tiles, and how a program works through one.
-
-    Attributes:
-      tokens: rows of x in a tile: 64 or 128 of each consumer.
-      rows: rows of the weight in a tile: 64, 128, 192 or 256.
-      stages: blocks of 128 columns that are under way or in use.
-      slots: pieces of 64 x 64 of the result that a consumer can have on their way out.
-      band: tiles of tokens that go before the next ones, so that the L2 cache holds what they share.
-      consumers: warpgroups that multiply, 2 or 3, each so many of the tokens: while one promotes, the tensor
-        core has the others' products to work on.
-      sharers: tiles side by side whose programs are a cluster and share the tokens: each loads a part of
-        them, which the copy engine gives to all.
-    """
-
-    tokens: int = 128
-    rows: int = 128
-    stages: int = 5
-    slots: int = 2
-    band: int = 8
-    consumers: int = 2
-    sharers: int = 1
-    ahead: bool = False
-
-    @property
-    def shared_bytes(self) -> int:
-        loaded = (self.tokens + self.rows) * BLOCK * self.stages
-        return loaded + self.consumers * self.slots * HEIGHT * self.out_columns * 2
-
-    @property
-    def width(self) -> int:
-        """Columns of one tensor core product: its sums need registers beside those of the running ones."""
-        most = 128 if self.ahead else 192
-        return self.rows if self.rows <= most else next(n for n in (128, 96) if self.rows % n == 0)
-
-    @property
-    def out_columns(self) -> int:
-        """Of a piece of the result on its way out."""
-        return 64 if self.width % 64 == 0 else 32
-
-    @property
-    def products(self) -> int:
-        """Of a consumer, for one block of columns."""
-        return self.tokens // self.consumers // HEIGHT * self.rows // self.width
-
-
-class Shape(NamedTuple):
-    """tokens x rows of the result, and the columns that it sums over."""
-
-    tokens: int
-    rows: int
-    columns: int
-
-
-def fits(target: Target, x: Any, weight: Any, out_dtype: Any) -> bool:
-    """Whether `block_matmul` takes these and is the one to take them: FP8 by FP8, many tokens, on Hopper."""
-    if target.vendor != "cuda" or target.arch != "sm_90":
-        return False
-    if not isinstance(x, QuantArray) or not isinstance(weight, QuantArray):
-        return False
-    right_formats = x.format == "fp8_token128" and weight.format == "fp8_block128" and weight.ndim == 2
-    right_size = weight.shape[-1] % BLOCK == 0 and weight.shape[0] % 8 == 0 and weight.shape[0] >= HEIGHT
-    many = weight.shape[-1] > 0 and math.prod(x.shape[:-1]) >= FEWEST_TOKENS
-    return right_formats and right_size and many and jnp.dtype(out_dtype) == jnp.bfloat16
-
-
-def config_for(shape: Shape) -> Config:
-    """The tiles that are done soonest; a round of programs takes as long as its tile is large, and a bit."""
-    if shape in MEASURED:
-        return MEASURED[shape]
-
-    def cost(config: Config) -> float:
-        tiles = -(-shape.tokens // config.tokens) * -(-shape.rows // config.rows)
-        rounds = -(-tiles // MULTIPROCESSORS)
-        return rounds * (config.tokens * config.rows + STEP_COST)
-
-    possible = [each for each in CONFIGS if each.tokens <= shape.tokens and each.rows <= max(shape.rows, 64)]
-    return min(possible, key=cost)
-
-
-# What `config_for` chooses from: each as deep as shared memory allows.
-CONFIGS = (
-    Config(256, 128, stages=4),
-    Config(128, 192, stages=4, slots=3),
-    Config(128, 128, stages=6),
-    Config(128, 64, stages=8),
-)
-# Where on an H200 another was faster than the rule's.
-MEASURED = dict.fromkeys(
-    (Shape(512, 32768, 1024), Shape(2048, 1536, 4096), Shape(8192, 1536, 4096)),
-    Config(192, 128, stages=4, consumers=3),
-)
 
 
 # --- what a tile is
@@ -139,7 +39,7 @@ class Plan(NamedTuple):
     """The tiles of a product, dealt out to programs."""
 
     shape: Shape
-    config: Config
+    config: Many
 
     @property
     def down(self) -> int:
@@ -148,8 +48,8 @@ class Plan(NamedTuple):
 
     @property
     def across(self) -> int:
-        """Tiles along the rows of the weight, those that share tokens together."""
-        return -(-self.shape.rows // (self.config.rows * self.config.sharers))
+        """Tiles along the rows of the weight."""
+        return -(-self.shape.rows // self.config.rows)
 
     @property
     def steps(self) -> int:
@@ -157,11 +57,11 @@ class Plan(NamedTuple):
 
     @property
     def programs(self) -> int:
-        """As many, or as many clusters of them, as run at once, or fewer if there is not a tile for each."""
-        return min(MULTIPROCESSORS // self.config.sharers, self.down * self.across)
+        """As many as run at once, or fewer if there is not a tile for each."""
+        return min(MULTIPROCESSORS, self.down * self.across)
 
     def start(self, tile: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """First token of a tile, and first row, of all tiles that share the tokens."""
+        """First token and first row of a tile."""
         band = min(self.config.band, self.down)
         first = lax.div(tile, band * self.across) * band
         place = lax.rem(tile, band * self.across)
@@ -171,7 +71,7 @@ class Plan(NamedTuple):
         # A last tile that would reach past the tokens starts earlier: some are computed twice, to the same
         # bits, and none is read that does not exist.
         token = jnp.minimum(down * self.config.tokens, self.shape.tokens - self.config.tokens)
-        return token, across * (self.config.rows * self.config.sharers)
+        return token, across * self.config.rows
 
 
 # --- scales
@@ -211,8 +111,7 @@ def _kernel(plan: Plan, x: Any, x_scale: Any, w: Any, w_scale: Any, out: Any, *s
 
     def start(number: jax.Array) -> tuple[jax.Array, jax.Array]:
         """First token and row of the program's tile of this number."""
-        token, row = plan.start(program + number * plan.programs)
-        return token, row + lax.axis_index("sharer") * config.rows if config.sharers > 1 else row
+        return plan.start(program + number * plan.programs)
 
     def producer() -> None:
         plgpu.set_max_registers(REGISTERS[config.consumers][0], action="decrease")
@@ -230,10 +129,10 @@ def _kernel(plan: Plan, x: Any, x_scale: Any, w: Any, w_scale: Any, out: Any, *s
                 def _() -> None:
                     plgpu.barrier_wait(free.at[slot])
 
-                columns, shared = pl.ds(step * BLOCK, BLOCK), "sharer" if config.sharers > 1 else None
-                for source, tile, at, axes in ((x, x_tiles, token, shared), (w, w_tiles, row, None)):
+                columns = pl.ds(step * BLOCK, BLOCK)
+                for source, tile, at in ((x, x_tiles, token), (w, w_tiles, row)):
                     rows = source.at[pl.ds(at, tile.shape[1]), columns]
-                    plgpu.copy_gmem_to_smem(rows, tile.at[slot], full.at[slot], collective_axes=axes)
+                    plgpu.copy_gmem_to_smem(rows, tile.at[slot], full.at[slot])
 
         # Consumers wait for one stage more than there is: it is full of nothing.
         count = mine * steps
@@ -254,7 +153,7 @@ def _kernel(plan: Plan, x: Any, x_scale: Any, w: Any, w_scale: Any, out: Any, *s
     def consumer() -> None:
         plgpu.set_max_registers(REGISTERS[config.consumers][1], action="increase")
         share = config.tokens // config.consumers
-        waves, width, out_columns = share // HEIGHT, config.width, config.out_columns
+        waves, width, out_columns = config.waves, config.width, config.out_columns
         # Rows that share their scales wherever a tile starts, and those of them in one product.
         scaled = math.gcd(config.rows, BLOCK)
         chunk = math.gcd(scaled, width)
@@ -283,9 +182,10 @@ def _kernel(plan: Plan, x: Any, x_scale: Any, w: Any, w_scale: Any, out: Any, *s
             return wgmma.start(x_tiles, w_tiles, slot, token, row, spent)
 
         def multiply(number: jax.Array, scales: Scales, parts: Any, slot: jax.Array) -> Any:
-            """Sums of one tile by wave and chunk; `scales` are of its first step, whose first product has begun.
+            """Sums of one tile by wave and chunk; `scales` are of its first step.
 
-            The first product of whatever comes next is begun when it ends.
+            Unless two are on their way at a time, its first product has begun, and when it ends, so has the
+            first of whatever comes next.
             """
 
             def one_step(step: jax.Array, ends: bool, carry: Any) -> Any:
@@ -311,7 +211,9 @@ def _kernel(plan: Plan, x: Any, x_scale: Any, w: Any, w_scale: Any, out: Any, *s
                         plgpu.barrier_arrive(free.at[slot])
                     for n in range(0, width, chunk):
                         place = (row + n) // chunk
-                        factor = lax.broadcast_in_dim(factors[wave][(row + n) // scaled], (HEIGHT, chunk), [0])
+                        factor = lax.broadcast_in_dim(
+                            factors[wave][(row + n) // scaled], (HEIGHT, chunk), [0]
+                        )
                         sums[wave][place] += parts[0][:, n : n + chunk] * factor
                     if config.ahead:
                         parts.reverse()
@@ -382,18 +284,11 @@ def _launch(
     w: jax.Array,
     w_scale: jax.Array,
     *,
-    config: Config,
+    config: Many,
     interpret: Any = None,
 ) -> jax.Array:
     """[tokens, rows] in bfloat16. A jit of its own, so that calls of one shape share one lowering."""
     plan = Plan(Shape(x.shape[0], *w.shape), config)
-    if config.sharers > 1:
-        collective: Any = {"cluster": (config.sharers,), "cluster_names": ("sharer",)}
-        free: Any = plgpu.ClusterBarrier(
-            collective_axes=("sharer",), num_arrivals=config.consumers, num_barriers=config.stages
-        )
-    else:
-        collective, free = {}, plgpu.Barrier(num_arrivals=config.consumers, num_barriers=config.stages)
     return plgpu.kernel(
         functools.partial(_kernel, plan),
         out_type=jax.ShapeDtypeStruct((x.shape[0], w.shape[0]), jnp.bfloat16),
@@ -406,11 +301,10 @@ def _launch(
                 transforms=(plgpu.SwizzleTransform(2 * config.out_columns),),
             ),
             plgpu.Barrier(num_arrivals=2, num_barriers=config.stages),
-            free,
+            plgpu.Barrier(num_arrivals=config.consumers, num_barriers=config.stages),
         ),
         grid=(plan.programs,),
         grid_names=("program",),
-        **collective,
         num_threads=config.consumers + 1,
         thread_name="warpgroup",
         # Only copies write what the products read, and what is copied out has its barriers already.
@@ -421,18 +315,20 @@ def _launch(
 
 
 def block_matmul(
-    x: QuantArray, weight: QuantArray, out_dtype: Any, *, config: Config | None = None, interpret: Any = None
+    x: QuantArray, weight: QuantArray, out_dtype: Any, *, config: Many | None = None, interpret: Any = None
 ) -> jax.Array:
-    """x @ weight.T, see `pallas_kernels.block_matmul`; `fits` says which arguments it is for.
+    """x @ weight.T, see `pallas_kernels.block_matmul`; `mosaic_config.takes` says of which.
 
     Raises:
       ValueError: the config does not fit the shape, or needs more shared memory than there is.
     """
     *outer, columns = x.shape
     shape = Shape(math.prod(outer), weight.shape[0], columns)
-    config = config or config_for(shape)
+    config = config or many_for(shape)
     if shape.tokens < config.tokens:
         raise ValueError(f"{config} does not take {shape.tokens} tokens")
+    if config.stages < 2:
+        raise ValueError(f"{config} needs at least 2 stages")
     if config.shared_bytes > SHARED_BYTES:
         raise ValueError(
             f"{config} needs {config.shared_bytes} bytes of shared memory, there are {SHARED_BYTES}"

@@ -12,159 +12,27 @@ neighbouring rows need the same tokens: each brings a part of a tile and the cop
 
 import functools
 import math
-import re
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
-from jax.experimental.mosaic.gpu.fragmented_array import WGMMA_LAYOUT, WGMMA_LAYOUT_ACC_32BIT
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, vector
+from jaxlib.mlir.dialects import arith, llvm
 
-from pallas_kernels.block_matmul import wgmma
+from pallas_kernels.block_matmul import cluster_sum, wgmma
+from pallas_kernels.block_matmul.mosaic_config import PADDING, SHARED_BYTES, Few, Shape, few_for
 from pallas_kernels.block_matmul.tiles import BLOCK
 from pallas_kernels.block_matmul.wgmma import HEIGHT, SWIZZLED
 from pallas_kernels.formats import QuantArray
-from pallas_kernels.target import Target
 
-SHARED_OF_ALL = 233472  # bytes of shared memory of a multiprocessor
-SHARED_OVERHEAD = 1024 + 2048  # of a program: what CUDA keeps, and room for barriers and alignment
-SHARED_BYTES = SHARED_OF_ALL - SHARED_OVERHEAD  # what a program may have
-MULTIPROCESSORS = 132
-MOST_BARRIERS = 32  # of one array, in Mosaic
-MOST_TOKENS = 256  # that it takes where nothing was measured
 TOKEN = plgpu.Layout.WGMMA.reduce(0)  # one number a token, where a product has that token
-PADDING = 2  # numbers between steps of the table of scales: a warp's stores meet other banks
-
-
-class Config(NamedTuple):
-    """How a product is cut, and how a program works through its part.
-
-    Attributes:
-      tokens: columns of the product of a program: 8, 16, 32, 64 or 128.
-      rows: of the weight, of a program: 64, 128 or 256.
-      splits: parts of K, for a program of a cluster each: 1, 2, 4 or 8.
-      sharers: tiles of rows whose programs are in one cluster and share the tokens that they load.
-      stages: that are under way or in use.
-      beside: warpgroups that divide the tokens of 64 rows among them: 1 or 2.
-      blocks: of 128 columns, in a stage.
-    """
-
-    tokens: int
-    rows: int = 128
-    splits: int = 1
-    sharers: int = 1
-    stages: int = 8
-    beside: int = 1
-    blocks: int = 1
-
-    @property
-    def consumers(self) -> int:
-        return self.rows // HEIGHT * self.beside
-
-    @property
-    def share(self) -> int:
-        """Tokens of a consumer."""
-        return self.tokens // self.beside
-
-    @property
-    def parts(self) -> int:
-        """Into how many a consumer's tokens are cut: to be added up by a program each, or to be written."""
-        return min(self.splits, self.share // 8) if self.splits > 1 else -(-self.share // 32)
-
-    @property
-    def piece(self) -> int:
-        """Tokens of such a part."""
-        return self.share // self.parts
-
-    @property
-    def tables(self) -> int:
-        """Of scales: rows of one block, times a consumer's tokens, have one."""
-        return -(-self.rows // BLOCK) * self.beside
-
-    @property
-    def width(self) -> int:
-        """Tokens of one tensor core product; its sums need registers beside the running ones."""
-        return self.share if self.consumers <= 2 else min(self.share, 64)
-
-    @property
-    def registers(self) -> tuple[int, int] | None:
-        """Of a thread that loads and of one that multiplies, once all know their part; None: all alike."""
-        at_start = 65536 // 128 // (self.consumers + 1) // 8 * 8  # all of a program share what these make
-        if self.share // 2 + self.width + 40 <= at_start or at_start >= 232:  # sums; two products; all else
-            return None
-        return 24, min(232, (at_start * (self.consumers + 1) - 24) // self.consumers // 8 * 8)
-
-    def shared_bytes(self, steps: int) -> int:
-        """Of shared memory, for so many blocks of columns in each part of K."""
-        loaded = (self.tokens + self.rows) * BLOCK * self.blocks * self.stages
-        table = self.tables * steps * (self.share + PADDING) * 4
-        received = self.consumers * (self.splits - 1) * HEIGHT * self.piece * 4
-        return loaded + table + received + self.consumers * self.piece * HEIGHT * 2
-
-
-class Shape(NamedTuple):
-    """tokens x rows of the result, and the columns that it sums over."""
-
-    tokens: int
-    rows: int
-    columns: int
-
-
-def fits(target: Target, x: Any, weight: Any, out_dtype: Any) -> bool:
-    """Whether `block_matmul` takes these and is the one to take them: FP8 by FP8, few tokens, on Hopper."""
-    if target.vendor != "cuda" or target.arch != "sm_90":
-        return False
-    if not isinstance(x, QuantArray) or not isinstance(weight, QuantArray):
-        return False
-    right_formats = x.format == "fp8_token128" and weight.format == "fp8_block128" and weight.ndim == 2
-    if not right_formats or jnp.dtype(out_dtype) != jnp.bfloat16:
-        return False
-    shape = Shape(math.prod(x.shape[:-1]), *weight.shape)
-    right_size = shape.columns % BLOCK == 0 and shape.columns > 0 and shape.rows % 8 == 0 and shape.rows > 0
-    most = max(MEASURED.get(shape[1:], {}), default=MOST_TOKENS)
-    return right_size and 1 < shape.tokens <= most and config_for(shape).stages > 0
-
-
-def config_for(shape: Shape) -> Config:
-    """As many programs as multiprocessors, if K can be split so, with all of their shared memory in use."""
-    measured = MEASURED.get(shape[1:], {})
-    if any(most >= shape.tokens for most in measured):
-        return measured[min(most for most in measured if most >= shape.tokens)]
-    tokens = min(max(8, 1 << (shape.tokens - 1).bit_length()), 128)
-    down = -(-shape.tokens // tokens)
-    rows = 256 if down * shape.rows >= 256 * 100 else 128
-    programs = down * -(-shape.rows // rows)
-    blocks = shape.columns // BLOCK
-    splits = max(n for n in (1, 2, 4, 8) if n == 1 or (blocks % n == 0 and programs * n <= MULTIPROCESSORS))
-    return deepest(Config(tokens, rows, splits, beside=2 if tokens >= 64 and rows == 128 else 1), shape)
-
-
-def deepest(config: Config, shape: Shape, resident: int = 1) -> Config:
-    """With as many stages as shared memory has room for, if so many programs share a multiprocessor's."""
-    steps = shape.columns // BLOCK // config.splits
-    fixed, more = (config._replace(stages=n).shared_bytes(steps) for n in (0, 1))
-    room = (SHARED_OF_ALL // resident - SHARED_OVERHEAD - fixed) // (more - fixed)
-    return config._replace(stages=max(0, min(steps // config.blocks, room, MOST_BARRIERS)))
-
-
-# By rows and columns of the weight, by the most tokens that it is for: the fastest on an H200, among those of
-# scripts/bench/block_matmul_mosaic.py --few --sweep. A weight that is here has none for more tokens.
-MEASURED: dict[tuple[int, int], dict[int, Config]] = {}
 
 
 # --- scales
-
-
-def _thread() -> ir.Value:
-    """Its number in the warpgroup."""
-    return arith.remui(mgpu_utils.thread_idx(), mgpu_utils.c(128, ir.IntegerType.get_signless(32)))
 
 
 def _load_factors(
@@ -209,7 +77,7 @@ def _load_factors(
         block = arith.divui(row, c(BLOCK))
         # Threads side by side take steps side by side, which are neighbours in memory.
         for n in range(0, count, 128):
-            flat = arith.minsi(arith.addi(_thread(), c(n)), c(count - 1))
+            flat = arith.minsi(arith.addi(cluster_sum.thread(), c(n)), c(count - 1))
             other, step = arith.divui(flat, c(steps)), arith.remui(flat, c(steps))
             column = arith.addi(first, step)
             scale = number(x_scale, arith.addi(token, other), column)
@@ -224,151 +92,17 @@ def _load_factors(
     inline(emit)(table, x_scale, w_scale, place, token, row, step)
 
 
-# --- sums of the parts of K
-#
-# A barrier in shared memory counts the bytes that a consumer's piece receives. Mosaic's own stores to another
-# program's memory announce their bytes there, which first waits for all memory operations of the sender; here
-# the receiver announces them to itself, at the start.
-
-
-def _assemble(text: str, names: str, values: list[ir.Value]) -> None:
-    """Inline PTX without results: `$name` is the value in the place of the name."""
-    kinds = {ir.F32Type.get(): "f", ir.IntegerType.get_signless(32): "r"}
-    for number, name in enumerate(names.split()):
-        text = re.sub(rf"\${name}\b", f"${number}", text)
-    constraints = ",".join(kinds[value.type] for value in values)
-    llvm.inline_asm(ir.Type.parse("!llvm.void"), values, text, constraints, has_side_effects=True)
-
-
-def _address(ref: ir.Value, *offsets: Any) -> ir.Value:
-    """Of shared memory, with bytes added."""
-    i32 = ir.IntegerType.get_signless(32)
-    return functools.reduce(arith.addi, offsets, llvm.ptrtoint(i32, mgpu_utils.memref_ptr(ref)))
-
-
-def _open(config: Config, arrived: Any, group: jax.Array) -> None:
-    """Makes a consumer's barrier, which opens when all has been received, and tells the cluster.
-
-    The fence is all that others must see; a release would wait for every memory operation before it.
-    """
-
-    def emit(_, arrived: ir.Value, group: Any) -> None:
-        i32 = ir.IntegerType.get_signless(32)
-        bytes = (config.splits - 1) * HEIGHT * config.piece * 4
-        barrier = _address(arrived, arith.muli(group.registers.item(), mgpu_utils.c(8, i32)))
-        text = f"""{{
-            .reg .pred one;
-            setp.eq.u32 one, $thread, 0;
-            @one mbarrier.init.shared::cta.b64 [$barrier], 1;
-            @one mbarrier.arrive.expect_tx.shared::cta.b64 _, [$barrier], {bytes};
-            @one fence.mbarrier_init.release.cluster;
-            barrier.cluster.arrive.relaxed;
-        }}"""
-        _assemble(text, "thread barrier", [_thread(), barrier])
-
-    inline: Any = plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
-    inline(emit)(arrived, group)
-
-
-def _meet() -> None:
-    """Nothing follows before all programs of the cluster have opened their barriers."""
-    inline: Any = plgpu.inline_mgpu()
-    inline(lambda _: _assemble("barrier.cluster.wait.acquire;", "", []))()
-
-
-def _send(
-    config: Config, piece: jax.Array, owner: jax.Array, received: Any, arrived: Any, group: jax.Array
-) -> None:
-    """A piece of sums to another program of the cluster, which keeps the place for it."""
-    count = config.piece // 2  # numbers of a thread
-    me = lax.axis_index("split")
-    place = lax.rem(me - owner - 1 + config.splits, jnp.int32(config.splits))
-    start = (group * (config.splits - 1) + place) * (HEIGHT * config.piece * 4)
-
-    def emit(_, received: ir.Value, arrived: ir.Value, *values: mgpu.FragmentedArray) -> None:
-        i32 = ir.IntegerType.get_signless(32)
-        start, group, further = (value.registers.item() for value in values[:3])
-        sums = [
-            vector.extract(each, [], [0])
-            for each in values[3].to_layout(WGMMA_LAYOUT_ACC_32BIT).registers.flat
-        ]
-        to = _address(received, start, arith.muli(_thread(), mgpu_utils.c(16, i32)))
-        barrier = _address(arrived, arith.muli(group, mgpu_utils.c(8, i32)))
-        lines = [
-            ".reg .b32 rank, to, barrier;",
-            "mov.u32 rank, %cluster_ctarank;",
-            "add.s32 rank, rank, $further;",
-            "mapa.shared::cluster.u32 to, $to, rank;",
-            "mapa.shared::cluster.u32 barrier, $barrier, rank;",
-        ]
-        store = "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32"
-        for n in range(0, count, 4):
-            four = ", ".join(f"$s{n + m}" for m in range(4))
-            lines.append(f"{store} [to+{n // 4 * 2048}], {{{four}}}, [barrier];")
-        names = ["to", "barrier", "further", *(f"s{n}" for n in range(count))]
-        _assemble("{ " + "\n".join(lines) + " }", " ".join(names), [to, barrier, further, *sums])
-
-    ref, number = plgpu.RefType(), plgpu.Layout.WG_SPLAT
-    inline: Any = plgpu.inline_mgpu(arg_types=(ref, ref, number, number, number, plgpu.Layout.WGMMA))
-    inline(emit)(received, arrived, start, group, owner - me, piece)
-
-
-def _receive(config: Config, total: jax.Array, received: Any, arrived: Any, group: jax.Array) -> jax.Array:
-    """A piece with all that was sent added, in a fixed order."""
-    count = config.piece // 2
-
-    def emit(_, received: ir.Value, arrived: ir.Value, group: Any, total: mgpu.FragmentedArray) -> Any:
-        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
-        group = group.registers.item()
-        size = mgpu_utils.c((config.splits - 1) * HEIGHT * config.piece * 4, i32)
-        place = _address(received, arith.muli(group, size), arith.muli(_thread(), mgpu_utils.c(16, i32)))
-        barrier = _address(arrived, arith.muli(group, mgpu_utils.c(8, i32)))
-        total = total.to_layout(WGMMA_LAYOUT_ACC_32BIT)
-        sums = [vector.extract(each, [], [0]) for each in total.registers.flat]
-        lines = [
-            ".reg .pred done;",
-            ".reg .f32 v<4>;",
-            "again:",
-            f"mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [${2 * count + 1}], 0;",
-            "@!done bra again;",
-        ]
-        for n in range(0, (config.splits - 1) * count, 4):
-            lines.append(f"ld.shared.v4.f32 {{v0, v1, v2, v3}}, [${2 * count}+{n // 4 * 2048}];")
-            lines += [f"add.f32 ${(n + m) % count}, ${(n + m) % count}, v{m};" for m in range(4)]
-        results = llvm.inline_asm(
-            llvm.StructType.get_literal([f32] * count),
-            [*sums, place, barrier],
-            "{ " + "\n".join(lines) + " }",
-            ",".join(["=f"] * count + [str(n) for n in range(count)] + ["r", "r"]),
-            has_side_effects=True,
-        )
-        values = [llvm.extractvalue(f32, results, [n]) for n in range(count)]
-        vectors = [vector.broadcast(ir.VectorType.get((1,), f32), value) for value in values]
-        return mgpu.FragmentedArray(
-            _registers=np.array(vectors, dtype=object).reshape(total.registers.shape),
-            _layout=WGMMA_LAYOUT_ACC_32BIT,
-            _is_signed=None,
-        ).to_layout(WGMMA_LAYOUT)
-
-    ref = plgpu.RefType()
-    inline: Any = plgpu.inline_mgpu(
-        arg_types=(ref, ref, plgpu.Layout.WG_SPLAT, plgpu.Layout.WGMMA),
-        return_type=plgpu.ShapeDtypeStruct((HEIGHT, config.piece), jnp.float32, layout=plgpu.Layout.WGMMA),
-    )
-    return inline(emit)(received, arrived, group, total)
-
-
 # --- the kernel
 
 
 def _kernel(
-    shape: Shape, config: Config, x: Any, x_scale: Any, w: Any, w_scale: Any, out: Any, *scratch: Any
+    shape: Shape, config: Few, x: Any, x_scale: Any, w: Any, w_scale: Any, out: Any, *scratch: Any
 ) -> None:
     x_tiles, w_tiles, table, staged, full, free, *more = scratch
     steps = shape.columns // BLOCK // config.splits
     group = lax.axis_index("warpgroup")
     if config.splits > 1:
-        _open(config, more[1], group)
+        cluster_sum.prepare(config.exchange, more[1], group)
     tile = lax.axis_index("tile") * config.sharers + lax.axis_index("sharer")
     token, row = lax.axis_index("tokens") * config.tokens, tile * config.rows
     first = lax.axis_index("split") * steps
@@ -398,7 +132,7 @@ def _kernel(
         slot = lax.fori_loop(0, steps // config.blocks, one_stage, jnp.int32(0))
 
         if config.splits > 1:
-            _meet()
+            cluster_sum.meet()
 
         # Leave when all has been reported: a program that is gone must not hear from its cluster.
         def one_report(_, slot: jax.Array) -> jax.Array:
@@ -471,18 +205,18 @@ def _kernel(
         me, splits = lax.axis_index("split"), jnp.int32(config.splits)
         mine = lax.rem(me + splits - lax.rem(group * config.parts, splits), splits)
         own = pieces[0]
-        _meet()
+        cluster_sum.meet()
         for number, piece in enumerate(pieces):
             own = lax.select(lax.broadcast_in_dim(mine == number, piece.shape, []), piece, own)
 
             @pl.when(mine != number)
             def _(number: int = number, piece: jax.Array = piece) -> None:
                 owner = lax.rem(group * config.parts + number, splits)
-                _send(config, piece, owner, received, arrived, group)
+                cluster_sum.send(config.exchange, piece, owner, received, arrived, group)
 
         @pl.when(mine < config.parts)
         def _() -> None:
-            write(_receive(config, own, received, arrived, group), mine)
+            write(cluster_sum.receive(config.exchange, own, received, arrived, group), mine)
 
     lax.cond(group == config.consumers, producer, consumer)
 
@@ -494,7 +228,7 @@ def _launch(
     w: jax.Array,
     w_scale: jax.Array,
     *,
-    config: Config,
+    config: Few,
     interpret: Any = None,
 ) -> jax.Array:
     """[tokens, rows] in bfloat16. A jit of its own, so that calls of one shape share one lowering."""
@@ -518,10 +252,7 @@ def _launch(
     else:
         scratch.append(plgpu.Barrier(num_arrivals=consumers, num_barriers=config.stages))
     if config.splits > 1:
-        scratch += [
-            plgpu.SMEM((consumers * (config.splits - 1) * HEIGHT * piece,), jnp.float32),
-            plgpu.SMEM((consumers + 1, 2), jnp.uint32),  # barriers of 8 bytes; that of the producer is unused
-        ]
+        scratch += config.exchange.scratch(consumers)
     return plgpu.kernel(
         functools.partial(_kernel, shape, config),
         out_type=jax.ShapeDtypeStruct((shape.tokens, shape.rows), jnp.bfloat16),
@@ -540,16 +271,16 @@ def _launch(
 
 
 def block_matmul(
-    x: QuantArray, weight: QuantArray, out_dtype: Any, *, config: Config | None = None, interpret: Any = None
+    x: QuantArray, weight: QuantArray, out_dtype: Any, *, config: Few | None = None, interpret: Any = None
 ) -> jax.Array:
-    """x @ weight.T, see `pallas_kernels.block_matmul`; `fits` says which arguments it is for.
+    """x @ weight.T, see `pallas_kernels.block_matmul`; `mosaic_config.takes` says of which.
 
     Raises:
       ValueError: the config does not fit the shape, or needs more shared memory than there is.
     """
     *outer, columns = x.shape
     shape = Shape(math.prod(outer), weight.shape[0], columns)
-    config = config or config_for(shape)
+    config = config or few_for(shape)
     if jnp.dtype(out_dtype) != jnp.bfloat16:
         raise ValueError(f"the kernel writes bfloat16, not {jnp.dtype(out_dtype)}")
     if columns // BLOCK % (config.splits * config.blocks):

@@ -29,8 +29,13 @@ def _numbers(array: jax.Array | QuantArray, dtype: jnp.dtype) -> jax.Array:
 
 def block_matmul(x: jax.Array | QuantArray, weight: jax.Array | QuantArray, out_dtype) -> jax.Array:
     x_TK, weight_NK = product_operands(x, weight)
+    # Products of bfloat16 numbers are exact in float32, whatever the precision. Asked for the highest, XLA
+    # makes float32 of the operands, far from a GPU's tensor cores; with one token, that is still its best.
+    plain = not isinstance(x, QuantArray) and not isinstance(weight, QuantArray)
+    many = x_TK.size > x_TK.shape[-1]
+    precision = None if plain and many and x_TK.dtype == jnp.bfloat16 else "highest"
     out_TN = jnp.einsum(
-        "...k,nk->...n", x_TK, weight_NK, precision="highest", preferred_element_type=jnp.float32
+        "...k,nk->...n", x_TK, weight_NK, precision=precision, preferred_element_type=jnp.float32
     )
     return out_TN.astype(out_dtype)
 

@@ -21,9 +21,9 @@ def _scores_triton(*args):
 
 
 def _select_triton(*args):
-    from pallas_kernels.indexer import select, triton
+    from pallas_kernels.indexer import blocks, triton
 
-    return select.index_select(triton.index_scores, *args)
+    return blocks.index_select(triton.index_scores, *args)
 
 
 def _scores_mosaic(*args):
@@ -33,9 +33,9 @@ def _scores_mosaic(*args):
 
 
 def _select_mosaic(*args):
-    from pallas_kernels.indexer import mosaic, select
+    from pallas_kernels.indexer import blocks, mosaic
 
-    return select.index_select(mosaic.index_scores, *args)
+    return blocks.index_select(mosaic.index_scores, *args)
 
 
 def _scores_fit(target: Target, q, keys, weights) -> bool:
@@ -67,14 +67,12 @@ def _selection_fits(scores_fit, target: Target, q, keys, weights, visible, top_k
 
 HADAMARD = (Implementation("reference", reference.hadamard),)
 SCORES = (
-    Implementation("mosaic", _scores_mosaic, fits=_scores_fit_mosaic, proven=False),
+    Implementation("mosaic", _scores_mosaic, fits=_scores_fit_mosaic),
     Implementation("triton", _scores_triton, fits=_scores_fit, proven=False),
     Implementation("reference", reference.index_scores),
 )
 SELECT = (
-    Implementation(
-        "mosaic", _select_mosaic, fits=functools.partial(_selection_fits, _scores_fit_mosaic), proven=False
-    ),
+    Implementation("mosaic", _select_mosaic, fits=functools.partial(_selection_fits, _scores_fit_mosaic)),
     Implementation(
         "triton", _select_triton, fits=functools.partial(_selection_fits, _scores_fit), proven=False
     ),

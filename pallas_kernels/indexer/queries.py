@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32
 
 GROUP = 32  # channels that a scale of `fp4_group32` is for, and those of one product of Hopper's tensor core
-HIGHEST = 8  # the exponent that the largest number of a head is brought to: below 2^9, of which 448 is most
+HIGHEST = 7  # the exponent that the largest number of a head is brought to: below 2^8, and 448 is most
 LOWEST = 8  # of a float32's exponent field; below, a head is not brought up all the way
 
 
@@ -17,7 +17,7 @@ LOWEST = 8  # of a float32's exponent field; below, a head is not brought up all
 class TiledQueries:
     """Queries in E4M3, each head divided by a power of two, which its weight has to make up for.
 
-    `fp4_group32` numbers are held exactly where the scales of a head lie within 2^14 of each other; what is
+    `fp4_group32` numbers are held exactly where the scales of a head lie within 2^13 of each other; what is
     2^17 below the largest number of its head becomes 0.
 
     A thread of a tensor core's product has 4 channels here and 4 there of every 32. So that those are one

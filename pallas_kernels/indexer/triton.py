@@ -144,10 +144,14 @@ def _score(logit, weight, factor, QUERIES: tl.constexpr, HEADS: tl.constexpr):
 def _into_registers(keys, VENDOR: tl.constexpr):
     """The same keys, as a value that Triton does not know to have come from memory, so it keeps it here."""
     if VENDOR == "cuda":
-        PACK: tl.constexpr = 32 // keys.dtype.primitive_bitwidth
-        keys = tl.inline_asm_elementwise(
-            "mov.b32 $0, $1;", "=r,r", [keys], dtype=keys.dtype, is_pure=True, pack=PACK
-        )
+        if keys.dtype == tl.bfloat16:
+            keys = tl.inline_asm_elementwise(
+                "mov.b32 $0, $1;", "=r,r", [keys], keys.dtype, is_pure=True, pack=2
+            )
+        else:
+            keys = tl.inline_asm_elementwise(
+                "mov.b32 $0, $1;", "=r,r", [keys], keys.dtype, is_pure=True, pack=4
+            )
     return keys
 
 

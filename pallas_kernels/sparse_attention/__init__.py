@@ -52,12 +52,9 @@ def _triton_fits(
     softmax_scale,
 ) -> bool:
     kvs = (window_kv,) if compressed_kv is None else (window_kv, compressed_kv)
-    channels = q.shape[-1]
-    # Float32 is there to be exact, not to be fast: its tiles are twice as large, its products slow.
-    dtypes = {jnp.dtype(jnp.bfloat16): (16, 32, 64, 128, 256, 512), jnp.dtype(jnp.float32): (16, 32, 64, 128)}
     return (
         target.vendor != "cpu"
-        and channels in dtypes.get(q.dtype, ())
+        and q.shape[-1] in (16, 32, 64, 128, 256, 512)
         and all(kv.dtype == q.dtype and _pieces_fit(kv) for kv in kvs)
         and window_kv.size > 0
         and window_index.size > 0
@@ -66,6 +63,15 @@ def _triton_fits(
         and isinstance(softmax_scale, float | int)  # it becomes part of the kernel
         and softmax_scale > 0
     )
+
+
+def _triton_fits_bfloat16(target: Target, q, *args) -> bool:
+    return q.dtype == jnp.bfloat16 and _triton_fits(target, q, *args)
+
+
+def _triton_fits_float32(target: Target, q, *args) -> bool:
+    # To be exact, not to be fast: tiles are twice as large, products slow.
+    return q.dtype == jnp.float32 and q.shape[-1] <= 128 and _triton_fits(target, q, *args)
 
 
 def _pieces_fit(kv: KeyValues) -> bool:
@@ -77,8 +83,9 @@ def _pieces_fit(kv: KeyValues) -> bool:
 
 
 IMPLEMENTATIONS = (
-    Implementation("mosaic", _run_mosaic, fits=_mosaic_fits, proven=False),
-    Implementation("triton", _run_triton, fits=_triton_fits),
+    Implementation("mosaic", _run_mosaic, fits=_mosaic_fits),
+    Implementation("triton", _run_triton, fits=_triton_fits_bfloat16),
+    Implementation("triton", _run_triton, fits=_triton_fits_float32, proven=False),
     Implementation("reference", reference.sparse_attention),
 )
 

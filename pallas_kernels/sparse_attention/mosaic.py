@@ -21,7 +21,9 @@ from pallas_kernels.sparse_attention.mosaic_config import (
 from pallas_kernels.sparse_attention.triton import combine
 from pallas_kernels.target import Target
 
-FEWEST_QUERIES = 32  # of 64 heads: below, the Triton kernels give more multiprocessors something to do
+# Queries of 64 heads: for fewer, the Triton kernels give more multiprocessors something to do. They are slow
+# at codes.
+FEWEST_QUERIES, FEWEST_OF_CODES = 8, 1
 Turns = tuple[jax.Array, jax.Array] | None
 
 
@@ -38,6 +40,7 @@ def fits(
 ) -> bool:
     """Whether `sparse_attention` takes these and is the one to take them: many queries of V4, on Hopper."""
     batch, tokens, heads, channels = q.shape
+    fewest = FEWEST_OF_CODES if isinstance(window_kv, QuantKV) else FEWEST_QUERIES
     kvs = (window_kv,) if compressed_kv is None else (window_kv, compressed_kv)
     return (
         target.arch == "sm_90"
@@ -45,7 +48,7 @@ def fits(
         and all(_takes(kv) for kv in kvs)
         and channels == CHANNELS
         and heads % HEADS == 0
-        and batch * tokens * heads >= FEWEST_QUERIES * HEADS
+        and batch * tokens * heads >= fewest * HEADS
         and window_kv.size > 0
         and window_index.size > 0
         and all(kv.shape[0] * kv.shape[1] < 2**31 for kv in kvs)
@@ -85,6 +88,7 @@ def sparse_attention(
         turned=turns is not None,
     )
     config = config or config_for(sizes)
+    sizes = sizes._replace(early=config.early)
     arguments = (
         q.reshape(-1, HEADS, channels),
         *(leaf for kv in kvs for leaf in jax.tree.leaves(kv)),

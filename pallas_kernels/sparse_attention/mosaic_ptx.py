@@ -105,7 +105,7 @@ def _lines(*lines: str) -> str:
 
 def rows_text(sizes: Sizes) -> str:
     """What stands at a thread's places of a block: the first of its rows, and every so many further on."""
-    step = 128 // sizes.threads_a_row
+    step, load = 128 // sizes.threads_a_row, _load(sizes)
     lines = [
         ".reg .pred in_window, there;",
         ".reg .b32 place, length;",
@@ -130,10 +130,15 @@ def rows_text(sizes: Sizes) -> str:
         lines += [
             "setp.lt.u32 there, place, length;",
             f"mov.b32 $result{n}, -1;",
-            f"@there ld.global.nc.b32 $result{n}, [at+{4 * step * n}];",
+            f"@there {load}.b32 $result{n}, [at+{4 * step * n}];",
             f"add.u32 place, place, {step};",
         ]
     return _lines(*lines)
+
+
+def _load(sizes: Sizes) -> str:
+    """A load that is not volatile the assembler may put off until what it reads is needed."""
+    return "ld.volatile.global" if sizes.early else "ld.global.nc"
 
 
 def _chosen_text(sizes: Sizes, *names: str) -> str:
@@ -232,32 +237,48 @@ def raw_text(sizes: Sizes) -> str:
         "setp.ge.s32 there, $row, 0;",
     ]
     lines += [f"mov.b32 $result{n}, 0;" for n in range(RAW)]
-    lines.append(f"@there ld.global.nc.v2.b32 {{$result{4 * CHUNKS}, $result{4 * CHUNKS + 1}}}, [scale_at];")
+    scales = f"$result{4 * CHUNKS}, $result{4 * CHUNKS + 1}"
+    lines.append(f"@there {_load(sizes)}.v2.b32 {{{scales}}}, [scale_at];")
+    load = _load(sizes) if sizes.early else "ld.global.nc.L2::128B"
     for chunk in range(CHUNKS):
         words = ", ".join(f"$result{4 * chunk + n}" for n in range(4))
-        lines.append(f"@there ld.global.nc.L2::128B.v4.b32 {{{words}}}, [at+{64 * chunk}];")
+        lines.append(f"@there {load}.v4.b32 {{{words}}}, [at+{64 * chunk}];")
     return _lines(*lines)
 
 
 def ahead_text(sizes: Sizes) -> str:
-    """Asks the L2 cache for a row: codes by one of its four threads, rotated columns by another, scales."""
+    """Asks the L2 cache for rows.
+
+    Early, each of a row's four threads asks for 128 bytes of codes, and two for the rest; or one of them has
+    the copy engine fetch all codes, which takes the warp's threads one after the other, and so on.
+    """
     lines = [
         _chosen_text(sizes, "nope", "scale", "rope"),
         ".reg .pred there, is_nope, is_rope, is_scale;",
         ".reg .b32 lane;",
-        ".reg .b64 at;",
+        ".reg .b64 at, lane_at;",
         "and.b32 lane, $thread, 3;",
+        "mul.wide.u32 lane_at, lane, 128;",
     ]
     for n in range(sizes.rows_a_thread):
         lines.append(f"setp.ge.s32 there, $row{n}, 0;")
         for number, (name, nbytes) in enumerate((("nope", NOPE), ("rope", 4 * PAIRS), ("scale", 8))):
-            asked = max(nbytes, 16)
             lines += [
                 f"setp.eq.and.u32 is_{name}, lane, {number}, there;",
                 _address_text("at", name, f"$row{n}", nbytes),
-                *(["and.b64 at, at, -16;"] if asked != nbytes else []),
-                f"@is_{name} cp.async.bulk.prefetch.L2.global [at], {asked};",
             ]
+            if not sizes.early:
+                aligned = ["and.b64 at, at, -16;"] if nbytes < 16 else []
+                asked = f"cp.async.bulk.prefetch.L2.global [at], {max(nbytes, 16)};"
+                lines += [*aligned, f"@is_{name} {asked}"]
+            elif name == "nope":
+                lines += [
+                    "and.b64 at, at, -128;",
+                    "add.u64 at, at, lane_at;",
+                    "@there prefetch.global.L2 [at];",
+                ]
+            else:
+                lines.append(f"@is_{name} prefetch.global.L2 [at];")
     return _lines(*lines)
 
 

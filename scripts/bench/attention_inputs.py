@@ -2,12 +2,13 @@
 """Times what stands around attention, at the sizes of Flash: kernels, and references as XLA fuses them.
 
 Up to 128 tokens are a decode step, a token of each sequence; more are one sequence's prefill. The first
-sequence of a step completes an entry, of the others one in `ratio` does. Calls run one after the other inside
-one jitted program, on inputs of their own. Every case is checked against the reference, compiled so that it
-rounds wherever the definition does; how XLA compiles it otherwise is what is timed.
+sequence of a step completes an entry, of the others one in `ratio` does. What an op writes into is not given
+away here, so that its copy counts; caches have room for no more than what is written. Every case is checked
+against the reference, compiled so that it rounds wherever the definition does; how XLA compiles it otherwise
+is what is timed.
 
   python scripts/bench/attention_inputs.py --results scripts/bench/results/h200.json
-  python scripts/bench/attention_inputs.py --ops query key_value --tokens 1
+  python scripts/bench/attention_inputs.py --ops query latents --tokens 1
 """
 
 import argparse
@@ -27,23 +28,25 @@ import jax.numpy as jnp
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from harness import facts, median_us, save
-from small_ops import COLD_BYTES, COPY_BYTES_PER_S, Inputs, error, program, size_bytes
+from harness import Repeated, facts, save, timed
+from small_ops import COLD_BYTES, COPY_BYTES_PER_S, error, size_bytes
 
 from dsv4_jax.config import FLASH
-from dsv4_jax.nn.rope import rope_angles, rope_frequencies
+from dsv4_jax.nn.rope import rope_frequencies
+from dsv4_jax.nn.rope import rotation as turns_of
 from pallas_kernels import (
-    attention_key_value,
+    attention_latents,
     attention_query,
     attention_unrotate,
     compressed_entries,
     index_query,
 )
+from pallas_kernels.cached_rows import empty_index_keys, empty_kv
 
 MOST_INPUTS = {"triton": 16, "reference": 4}  # a reference is several kernels, which take long to compile
-PROGRAM_US = 4000  # about how long one program is to run
+ROUND_US, PROGRAM_US = 400, 1500  # about how long a round and one program are to run
 MOST_STEPS = 128  # more tokens than so many are one sequence
-LAST = 2**20  # where the longest text ends
+Inputs = tuple[Any, ...]
 EPS, PAIRS = FLASH.rms_norm_eps, FLASH.qk_rope_head_dim // 2
 
 
@@ -56,73 +59,80 @@ class Op:
       run: the op, which takes them and `implementation`.
       most_error: relative to the reference, all numbers together: a rounding to bfloat16 that goes the other
         way is 2^-8 of a number, and may move another to the next code of FP8 or FP4, up to a third of it.
-      bytes: what inputs of so many sequences and tokens must be read, where it is not all.
     """
 
     inputs: Callable[[jax.Array, int, int], Inputs]
-    run: Callable[..., jax.Array]
+    run: Callable[..., Any]
     most_error: float
-    bytes: Callable[[int, int], int] | None = None
 
 
 def rotation(start: jax.Array, tokens: int, every: int = 1) -> tuple[jax.Array, jax.Array]:
-    angles = rope_angles(start[:, None] + every * jnp.arange(tokens), rope_frequencies(FLASH, 4))
-    return jnp.cos(angles), jnp.sin(angles)
+    return turns_of(start[:, None] + every * jnp.arange(tokens), rope_frequencies(FLASH, 4))
 
 
-def start_of(batch: int, tokens: int) -> jax.Array:
-    return LAST - tokens - jnp.arange(batch, dtype=jnp.int32)
+def starts(batch: int, tokens: int, ratio: int = 4) -> jax.Array:
+    """A step's tokens complete the first sequence's entry; a prompt begins at its beginning."""
+    return (ratio - 1 if tokens == 1 else 0) + jnp.arange(batch, dtype=jnp.int32)
 
 
 def norm_weight(key: jax.Array, size: int) -> jax.Array:
     return (1 + jax.random.normal(key, (size,)) / 8).astype(jnp.bfloat16)
 
 
-def of_heads(heads: int, width: int) -> Callable[[jax.Array, int, int], Inputs]:
+def of_heads(heads: int, width: int, *projected: int) -> Callable[[jax.Array, int, int], Inputs]:
+    """Of vectors of each head, and products of so many columns besides."""
+
     def inputs(key: jax.Array, batch: int, tokens: int) -> Inputs:
         q = jax.random.normal(key, (batch, tokens, heads, width), jnp.bfloat16)
-        return q, *rotation(start_of(batch, tokens), tokens)
+        products = [jax.random.normal(key, (batch, tokens, columns)) for columns in projected]
+        return q, *products, *rotation(starts(batch, tokens), tokens)
 
     return inputs
 
 
-def of_key_value(key: jax.Array, batch: int, tokens: int) -> Inputs:
-    kv = jax.random.normal(key, (batch, tokens, FLASH.head_dim), jnp.bfloat16)
-    return kv, norm_weight(key, FLASH.head_dim), *rotation(start_of(batch, tokens), tokens)
+def of_latents(key: jax.Array, batch: int, tokens: int) -> Inputs:
+    x = jax.random.normal(key, (batch, tokens, FLASH.q_lora_rank + HEAD_DIM), jnp.bfloat16)
+    window = empty_kv(batch, FLASH.sliding_window, HEAD_DIM, "fp8_block64", 2 * PAIRS, jnp.bfloat16)
+    start, length = starts(batch, tokens), jnp.full(batch, tokens, jnp.int32)
+    weights = norm_weight(key, FLASH.q_lora_rank), norm_weight(key, HEAD_DIM)
+    return x, *weights, window, start, length, *rotation(start, tokens)
 
 
 def of_entries(ratio: int, width: int) -> Op:
     windows = 2 if ratio == 4 else 1  # with ratio 4 they overlap
-
-    def inputs(key: jax.Array, batch: int, tokens: int) -> Inputs:
-        new, ring = (batch, tokens, windows * width), (batch, windows * ratio, windows * width)
-        keys = jax.random.split(key, 4)
-        rows = [jax.random.normal(one, size) for one, size in zip(keys, (new, new, ring, ring), strict=True)]
-        start, length = start_of(batch, tokens), jnp.full(batch, tokens, jnp.int32)
-        turns = rotation(start // ratio * ratio, -(-tokens // ratio), ratio)
-        return *rows, start, length, norm_weight(key, width), *turns
-
-    def read(batch: int, tokens: int) -> int:
-        entries = batch * tokens // ratio if tokens > 1 else -(-batch // ratio)
-        return entries * 2 * 4 * windows * ratio * width
-
     for_index = width == FLASH.index_head_dim
     format = "fp4_group32" if for_index else "fp8_block64"
-    settings = {"ratio": ratio, "eps": EPS, "for_index": for_index, "format": format}
-    run = functools.partial(compressed_entries, **settings)
-    return Op(inputs, run, 5e-3 if for_index else 2e-3, read)
+
+    def inputs(key: jax.Array, batch: int, tokens: int) -> Inputs:
+        channels, slots = windows * width, (ratio + batch + tokens) // ratio + 1
+        ring = (batch, windows * ratio, channels)
+        keys = jax.random.split(key, 4)
+        projected = jax.random.normal(keys[0], (batch, tokens, 2 * channels))
+        ape = jax.random.normal(keys[1], (ratio, channels))
+        if for_index:
+            entries = empty_index_keys(batch, slots, width, format, jnp.bfloat16)
+        else:
+            entries = empty_kv(batch, slots, width, format, 2 * PAIRS, jnp.bfloat16)
+        rings = [jax.random.normal(one, ring) for one in keys[2:]]
+        start, length = starts(batch, tokens, ratio), jnp.full(batch, tokens, jnp.int32)
+        turns = rotation(start // ratio * ratio, -(-tokens // ratio), ratio)
+        return projected, ape, entries, *rings, start, length, norm_weight(key, width), *turns
+
+    settings = {"column": 0, "eps": EPS, "for_index": for_index, "format": format}
+    return Op(inputs, functools.partial(compressed_entries, **settings), 5e-3 if for_index else 2e-3)
 
 
 HEADS, HEAD_DIM = FLASH.num_attention_heads, FLASH.head_dim
 INDEX_HEADS, INDEX_DIM = FLASH.index_n_heads, FLASH.index_head_dim
+LATENTS = {"eps": EPS, "format": "fp8_block64", "activation": "fp8_token128"}
 OPS = {
     "query": Op(of_heads(HEADS, HEAD_DIM), functools.partial(attention_query, eps=EPS), 2e-4),
     "unrotate": Op(of_heads(HEADS, HEAD_DIM), attention_unrotate, 2e-4),
-    "key_value": Op(
-        of_key_value, functools.partial(attention_key_value, eps=EPS, format="fp8_block64"), 2e-3
-    ),
+    "latents": Op(of_latents, functools.partial(attention_latents, **LATENTS), 2e-3),
     "index_query": Op(
-        of_heads(INDEX_HEADS, INDEX_DIM), functools.partial(index_query, format="fp4_group32"), 5e-3
+        of_heads(INDEX_HEADS, INDEX_DIM, INDEX_HEADS),
+        functools.partial(index_query, column=0, format="fp4_group32"),
+        5e-3,
     ),
     "CSA entries": of_entries(4, HEAD_DIM),
     "CSA index entries": of_entries(4, INDEX_DIM),
@@ -160,40 +170,25 @@ class Case:
         return [jax.jit(make)(jax.random.fold_in(jax.random.key(self.tokens), n)) for n in range(count)]
 
     @functools.cached_property
-    def expected(self) -> jax.Array:
+    def expected(self) -> Any:
         run = functools.partial(self.op.run, implementation="reference")
         strictly = {"xla_allow_excess_precision": False}
         return jax.jit(run, compiler_options=strictly)(*self.inputs[0])
 
     @property
     def floor_us(self) -> float:
-        """Reading what is read and writing what is written, once."""
-        read = self.op.bytes(*self.sizes) if self.op.bytes else size_bytes(self.inputs[0])
-        return (read + size_bytes(self.expected)) / COPY_BYTES_PER_S * 1e6
+        """Reading what is given and writing what is returned, once."""
+        return (size_bytes(self.inputs[0]) + size_bytes(self.expected)) / COPY_BYTES_PER_S * 1e6
 
 
-def prepare(case: Case, implementation: str) -> tuple[Any, list[Inputs], float, float]:
-    """The compiled program, what it takes, its error, and the share of numbers that are not the same.
-
-    Runs it once, since PTX is assembled on the first run.
-    """
+def prepare(case: Case, implementation: str) -> tuple[Repeated, float]:
+    """A program and its error. Runs it once, since PTX is assembled on the first run."""
     inputs = case.inputs[: MOST_INPUTS[implementation]]
     run = functools.partial(case.op.run, implementation=implementation)
-    compiled = program(run).lower(inputs, jnp.int32(1)).compile()
-    found = compiled(inputs, jnp.int32(1))[0]
-    return compiled, inputs, error(found, case.expected), float((found != case.expected).mean())
-
-
-def time_us(compiled: Any, inputs: list[Inputs]) -> float:
-    """Of one call: what more rounds take longer than one, so that starting the program does not count."""
-
-    def of(rounds: int) -> float:
-        count = jnp.int32(rounds)
-        return median_us(lambda: compiled(inputs, count), repeats=7)
-
-    once = of(1)
-    more = max(8, round(PROGRAM_US / once))
-    return (of(1 + more) - once) / (more * len(inputs))
+    of_reference = implementation == "reference"
+    passes = 1 if of_reference else max(1, round(ROUND_US / (case.floor_us + 4) / len(inputs)))
+    program = Repeated(run, inputs, passes)
+    return program, error(program.found[0], case.expected)
 
 
 def main() -> int:
@@ -227,15 +222,17 @@ def main() -> int:
                     continue
                 if time.perf_counter() - started > arguments.seconds:
                     continue
-                compiled, inputs, off, differ = future.result()
-                us, floor = time_us(compiled, inputs), case.floor_us
+                program, off = future.result()
+                floor = case.floor_us
+                rounds = max(2, round(PROGRAM_US / (floor + 4) / program.calls))
+                times = timed(functools.partial(program, rounds), rounds * program.calls)
                 # A reference that XLA compiles as it likes leaves roundings out, and is not the definition.
                 right = off <= case.op.most_error or implementation == "reference"
                 wrong += not right
-                doubt = "" if right and us > 0.85 * floor else "  NOT BELIEVED"
-                what = f"{case.id:28} {implementation:10} {us:9.2f} us  floor {floor:7.2f}"
-                print(f"{what}  error {off:.1e}, {differ:.1e} of the numbers{doubt}", flush=True)
-                row = {"id": case.id, "implementation": implementation, "us": round(us, 2)}
+                doubt = "" if right and times["us"] > 0.85 * floor else "  NOT BELIEVED"
+                what = f"{case.id:28} {implementation:10} {times['us']:9.2f} us"
+                print(f"{what}  floor {floor:7.2f}  error {off:.1e}{doubt}", flush=True)
+                row = {"id": case.id, "implementation": implementation} | times
                 row |= {"floor_us": float(f"{floor:.2g}"), "rel_err": off} | here
                 rows += [row] if not doubt else []
             print(f"# {tokens} tokens: {time.perf_counter() - started:.0f} s", flush=True)

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from harness import facts, median_us, save
+from harness import facts, save, timed
 
 from pallas_kernels import QuantArray, current_target
 from pallas_kernels.block_matmul import reference
@@ -45,6 +45,7 @@ FP8_FLOP_PER_S = 1.5e15
 FEWEST_CALLS = 24  # in one turn of the loop
 COLD_BYTES = 134e6  # of weights between two uses of one: twice the L2 cache
 SHARED_BYTES = 227 * 1024
+SUSTAINED_MS = 60
 MOST_ERROR = 3e-3  # relative: rounding to bfloat16 alone makes 1.7e-3
 
 # Rows, columns, groups; wo_a has groups and takes bfloat16 activations.
@@ -323,7 +324,8 @@ class Bench:
     def calls(self, case: Case) -> tuple[int, int]:
         """Rounds, as many as take some 3 ms, and calls in all of them."""
         weights = self.inputs(case)[1]
-        rounds = max(1, round(3000 / (1.5 * case.floor_us * len(weights))))
+        rounds = max(1, round(3000 / (1.3 * max(3, case.floor_us) * len(weights))))
+        rounds = 1 if rounds == 2 else rounds  # XLA unrolls a loop of one turn, and its calls are made once
         return rounds, rounds * len(weights)
 
     def prepare(self, case: Case, tile: Tile | None, engine: Engine) -> tuple[Any, float]:
@@ -332,9 +334,9 @@ class Bench:
         compiled = program(case.run(tile, engine), self.calls(case)[0]).lower(*inputs).compile()
         return compiled, float(relative_error(compiled(*inputs)[0], self.expected))
 
-    def time_us(self, case: Case, compiled: Any) -> float:
-        inputs = self.inputs(case)
-        return median_us(lambda: compiled(*inputs), repeats=5, inner=3) / self.calls(case)[1]
+    def times(self, case: Case, compiled: Any) -> dict[str, float]:
+        """`us` and `us_sustained` of one product."""
+        return timed(functools.partial(compiled, *self.inputs(case)), self.calls(case)[1], SUSTAINED_MS)
 
 
 def is_believed(case: Case, us: float, error: float) -> bool:
@@ -348,7 +350,8 @@ def _print_row(case: Case, label: str, us: float, error: float) -> None:
     print(f"{case.id:46} {label:62} {us:8.2f} us  {share:16} error {error:.1e}{doubt}", flush=True)
 
 
-Found = dict[Case, list[tuple[float, Tile, float]]]  # microseconds, tile, error
+Times = dict[str, float]
+Found = dict[Case, list[tuple[float, Tile, float, Times]]]  # microseconds, tile, error
 
 
 def try_tiles(bench: Bench, jobs: list[tuple[Case, Tile]], engine: Engine) -> Found:
@@ -365,15 +368,16 @@ def try_tiles(bench: Bench, jobs: list[tuple[Case, Tile]], engine: Engine) -> Fo
             print(f"{case.id} {_shown(tile)}: {str(future.exception())[:200]}", flush=True)
             continue
         compiled, error = future.result()
-        us = bench.time_us(case, compiled)
+        times = bench.times(case, compiled)
+        us = times["us"]
         _print_row(case, f"{engine} {_shown(tile)}", us, error)
         if is_believed(case, us, error):
-            found.setdefault(case, []).append((us, tile, error))
+            found.setdefault(case, []).append((us, tile, error, times))
     return found
 
 
-def _row(case: Case, implementation: str, us: float, error: float, **more: Any) -> dict[str, Any]:
-    row = {"id": case.id, "implementation": implementation, "us": round(us, 2)}
+def _row(case: Case, implementation: str, times: Times, error: float, **more: Any) -> dict[str, Any]:
+    row = {"id": case.id, "implementation": implementation} | times
     return row | {"floor_us": round(case.floor_us, 1), "rel_err": error} | more | facts()
 
 
@@ -384,15 +388,15 @@ def measure(name: str, arguments: argparse.Namespace) -> tuple[list[dict[str, An
     jobs = [(case, case.default()) for case in cases]
     if arguments.tune:
         jobs += [(case, tile) for case in cases for tile in case.candidates() if tile != case.default()]
-    for case, timed in try_tiles(bench, jobs, arguments.engine).items():
-        us, best[case], error = min(timed)
+    for case, tried in try_tiles(bench, jobs, arguments.engine).items():
+        _, best[case], error, times = min(tried, key=lambda each: each[0])
         label = "triton" if arguments.engine == "ffi" else f"triton {arguments.engine}"
-        rows.append(_row(case, label, us, error, tile=fields(best[case])))
+        rows.append(_row(case, label, times, error, tile=fields(best[case])))
     for case in (case for case in cases if case.tokens in arguments.control):
         compiled, error = bench.prepare(case, None, arguments.engine)
-        us = bench.time_us(case, compiled)
-        _print_row(case, "reference", us, error)
-        rows.append(_row(case, "reference", us, error))
+        times = bench.times(case, compiled)
+        _print_row(case, "reference", times["us"], error)
+        rows.append(_row(case, "reference", times, error))
     return rows, best
 
 
@@ -401,13 +405,14 @@ def compare_engines(name: str, best: dict[Case, Tile]) -> list[dict[str, Any]]:
     jobs = [(case, tile) for case, tile in best.items() if case.name == name]
     found = try_tiles(Bench(name, max(case.tokens for case, _ in jobs)), jobs, "xla") if jobs else {}
     return [
-        _row(case, "triton xla", us, error, tile=fields(tile)) for case, [(us, tile, error)] in found.items()
+        _row(case, "triton xla", times, error, tile=fields(tile))
+        for case, [(_, tile, error, times)] in found.items()
     ]
 
 
-def fields(tile: Tile) -> dict[str, int]:
-    """The fields of a tile that are not as by default."""
-    return {name: value for name, value in tile._asdict().items() if value != Tile._field_defaults.get(name)}
+def fields(tile: Any) -> dict[str, int]:
+    """The fields of a tile, or another NamedTuple, that are not as by default."""
+    return {name: value for name, value in tile._asdict().items() if value != tile._field_defaults.get(name)}
 
 
 def _shown(tile: Tile) -> str:

@@ -84,26 +84,41 @@ def save(rows: list[dict[str, Any]], path: Path) -> None:
     path.write_text(f"[\n{lines}\n]\n")
 
 
-def repeated(run: Callable[..., Any], passes: int) -> Any:
-    """A jitted function of a list of inputs and a number of rounds, each `passes` times `run` on each input.
+class Repeated:
+    """A program that makes `passes` times `run` on each of some inputs, as often as it is told.
 
-    It returns what the last pass gave. In a loop, because CUDA replays its body as one graph; a program
-    without one has new places for its results every time, for which the graph has to be made anew.
+    In a loop, because CUDA replays its body as one graph; a program without one has new places for its
+    results every time, for which the graph has to be made anew. Results are kept, and given back to be
+    overwritten.
+
+    Attributes:
+      calls: in a round.
+      found: what they returned in the last one.
     """
 
-    def one_pass(inputs: list[Any]) -> list[Any]:
-        return [run(*each) for each in inputs]
+    def __init__(self, run: Callable[..., Any], inputs: list[Any], passes: int):
+        def one_pass(inputs: list[Any]) -> list[Any]:
+            return [run(*each) for each in inputs]
 
-    def one_round(_: Any, carry: tuple[list[Any], list[Any]]) -> tuple[list[Any], list[Any]]:
-        inputs, found = carry
-        for _ in range(passes):
-            # To XLA the next pass hangs on this one's results: it can neither hoist nor merge its calls.
-            inputs, found = jax.lax.optimization_barrier((inputs, one_pass(inputs)))
-        return inputs, found
+        def one_round(_: Any, carry: tuple[list[Any], list[Any]]) -> tuple[list[Any], list[Any]]:
+            inputs, found = carry[0], []
+            for _ in range(passes):
+                # To XLA the next pass hangs on this one's results: it can neither hoist nor merge its calls.
+                inputs, these = jax.lax.optimization_barrier((inputs, one_pass(inputs)))
+                found += these  # of what nobody asks for it would make nothing
+            return inputs, found
 
-    def all_rounds(inputs: list[Any], rounds: jax.Array) -> list[Any]:
-        shapes = jax.eval_shape(one_pass, inputs)
-        zeros = jax.tree.map(lambda out: jnp.zeros(out.shape, out.dtype), shapes)
-        return jax.lax.fori_loop(0, rounds, one_round, (inputs, zeros))[1]
+        def all_rounds(inputs: list[Any], found: list[Any], rounds: jax.Array) -> tuple[Any, jax.Array]:
+            return jax.lax.fori_loop(0, rounds, one_round, (inputs, found))[1], rounds + 1
 
-    return jax.jit(all_rounds)
+        shapes = jax.eval_shape(one_pass, inputs) * passes
+        self.calls, self.inputs = passes * len(inputs), inputs
+        self.found = jax.tree.map(lambda out: jnp.zeros(out.shape, out.dtype), shapes)
+        jitted = jax.jit(all_rounds, donate_argnums=1)
+        self.compiled = jitted.lower(inputs, self.found, jnp.int32(1)).compile()
+        jax.block_until_ready(self(1))  # a kernel's PTX is assembled on its first run
+
+    def __call__(self, rounds: int) -> jax.Array:
+        """Something to wait for."""
+        self.found, done = self.compiled(self.inputs, self.found, jnp.int32(rounds))
+        return done

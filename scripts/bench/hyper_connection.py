@@ -27,7 +27,7 @@ import jax.numpy as jnp
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from harness import facts, repeated, save, timed
+from harness import Repeated, facts, save, timed
 from profile_kernels import kernel_times, print_kernel_times
 from small_ops import size_bytes
 
@@ -184,12 +184,11 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A compiled program of a case, and how far its results are off."""
+    """A program of a case, and how far its results are off."""
 
     case: Case
     label: str
-    compiled: Any
-    inputs: list[Inputs]
+    program: Repeated
     exact: float
     rounded: float
 
@@ -197,33 +196,25 @@ class Prepared:
     def right(self) -> bool:
         return self.exact <= MOST_ERROR and self.rounded <= MOST_ROUNDED_ERROR
 
-    @property
-    def passes(self) -> int:
-        """Over the inputs, in a round. A reference is many kernels, which take long to compile."""
-        if self.label == "reference":
-            return 1
-        return max(1, round(ROUND_US / (self.case.floor_us + 6) / len(self.inputs)))
-
     def report(self) -> tuple[dict[str, float], bool]:
-        floor, calls = self.case.floor_us, self.passes * len(self.inputs)
+        floor, calls = self.case.floor_us, self.program.calls
         rounds = max(2, round(PROGRAM_US / (floor + 6) / calls))
-        times = timed(lambda: self.compiled(self.inputs, jnp.int32(rounds)), rounds * calls)
+        times = timed(lambda: self.program(rounds), rounds * calls)
         believed = self.right and times["us"] > 0.85 * floor
-        what = (
-            f"{self.case.id:36} {self.label:24} {times['us']:9.2f} us, sustained {times['us_sustained']:9.2f}"
-        )
+        said = f"{times['us']:9.2f} us, sustained {times['us_sustained']:9.2f}  floor {floor:6.2f}"
         doubt = "" if believed else "  NOT BELIEVED"
-        print(f"{what}  floor {floor:6.2f}  errors {self.exact:.1e} {self.rounded:.1e}{doubt}", flush=True)
+        errors = f"errors {self.exact:.1e} {self.rounded:.1e}"
+        print(f"{self.case.id:36} {self.label:24} {said}  {errors}{doubt}", flush=True)
         return times, believed
 
 
 def prepare(case: Case, label: str, run: Callable[..., Any]) -> Prepared:
     """Compiles and runs once, since PTX is assembled on the first run."""
-    inputs = case.inputs[: MOST_INPUTS["reference" if label == "reference" else "triton"]]
-    prepared = Prepared(case, label, None, inputs, 0.0, 0.0)
-    compiled = repeated(run, prepared.passes).lower(inputs, jnp.int32(1)).compile()
-    exact, rounded = case.errors(compiled(inputs, jnp.int32(1))[0])
-    return dataclasses.replace(prepared, compiled=compiled, exact=exact, rounded=rounded)
+    of_reference = label == "reference"  # which is many kernels, and these take long to compile
+    inputs = case.inputs[: MOST_INPUTS["reference" if of_reference else "triton"]]
+    passes = 1 if of_reference else max(1, round(ROUND_US / (case.floor_us + 6) / len(inputs)))
+    program = Repeated(run, inputs, passes)
+    return Prepared(case, label, program, *case.errors(program.found[0]))
 
 
 def variants(case: Case, arguments: argparse.Namespace) -> list[tuple[str, Callable[..., Any]]]:
@@ -293,9 +284,9 @@ def main() -> int:
                 times, believed = prepared.report()
                 wrong += not believed
                 if arguments.profile:
-                    run = functools.partial(prepared.compiled, prepared.inputs, jnp.int32(1))
-                    calls = prepared.passes * len(prepared.inputs)
-                    print_kernel_times(case.id, kernel_times(run, calls))
+                    program = prepared.program
+                    times_of = kernel_times(lambda program=program: program(2), 2 * program.calls)
+                    print_kernel_times(case.id, times_of)
                 if believed and not arguments.tune:
                     row = {"id": case.id, "implementation": label} | times
                     error = max(prepared.exact, prepared.rounded)

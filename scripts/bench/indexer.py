@@ -28,7 +28,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from harness import facts, repeated, save, timed
+from harness import Repeated, facts, save, timed
 from profile_kernels import kernel_times
 from small_ops import COLD_BYTES, COPY_BYTES_PER_S, size_bytes
 
@@ -191,7 +191,7 @@ class Prepared:
     """A compiled program of a case, and how far its first result is off."""
 
     case: Case
-    compiled: Any
+    program: Repeated
     error: float
     traded: str
 
@@ -200,23 +200,19 @@ class Prepared:
         return self.error <= (0.0 if self.case.kind == "top-k" else 1e-3)
 
     def times(self) -> dict[str, float]:
-        inputs, rounds = self.case.inputs, jnp.int32(self.case.rounds)
-        calls = self.case.rounds * self.case.passes * len(inputs)
-        return timed(lambda: self.compiled(inputs, rounds), calls)
+        rounds = self.case.rounds
+        return timed(lambda: self.program(rounds), rounds * self.program.calls)
 
     def kernel_us(self) -> float:
         """What the kernels of a call take, by the profiler, without what lies between them."""
-        inputs = self.case.inputs
-        times = kernel_times(lambda: self.compiled(inputs, jnp.int32(1)), self.case.passes * len(inputs))
-        return sum(us for _, us in times.values())
+        times = kernel_times(lambda: self.program(2), 2 * self.program.calls)
+        return sum(us for count, us in times.values() if count > 0.99)
 
 
 def prepare(case: Case, candidate: tuple[int, ...]) -> Prepared:
     """Compiles and runs once, since a kernel's PTX is assembled on its first run."""
     error, traded = case.error(jax.jit(case.run(candidate))(*case.inputs[0]))
-    compiled = repeated(case.run(candidate), case.passes).lower(case.inputs, jnp.int32(1)).compile()
-    jax.block_until_ready(compiled(case.inputs, jnp.int32(1)))
-    return Prepared(case, compiled, error, traded)
+    return Prepared(case, Repeated(case.run(candidate), case.inputs, case.passes), error, traded)
 
 
 def main() -> int:

@@ -4,6 +4,8 @@ import json
 
 import pytest
 import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dsv4_jax.errors import RequestError, TokenizerError
 from dsv4_jax.tokenizer import Tokenizer
@@ -170,3 +172,55 @@ def test_a_tokenizer_of_another_model_is_refused(folder, vocab_size):
 @pytest.mark.parametrize("vocab_size", [302, 320, 600], ids=["exact", "padded", "padded a lot"])
 def test_a_model_may_pad_its_vocabulary(folder, vocab_size):
     assert Tokenizer.from_pretrained(folder, vocab_size).vocab_size == vocab_size
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, 310), max_size=40), st.randoms(use_true_random=False))
+def test_a_stream_gives_what_decoding_all_of_it_gives(bpe, ids, draw):
+    tokenizer = Tokenizer(bpe, VOCAB_SIZE)
+    stream, text, place = tokenizer.stream(), "", 0
+
+    while place < len(ids):
+        end = place + draw.randint(1, 3)
+        text += stream.put(ids[place:end])
+        place = end
+    text += stream.end()
+
+    assert text == tokenizer.decode(ids) == bpe.decode(ids, skip_special_tokens=True)
+
+
+def test_a_stream_holds_half_a_character_back(tokenizer):
+    stream = tokenizer.stream()
+    ids = tokenizer.encode("a日👩")
+
+    pieces = [stream.put([id]) for id in ids]
+
+    assert "".join(pieces) == "a日👩"
+    assert stream.end() == ""
+    assert not any("\ufffd" in piece for piece in pieces)
+    stream.put(ids[:-1])
+    assert stream.end() == "\ufffd"
+
+
+def test_plain_text_never_becomes_a_control_token(tokenizer):
+    ids = tokenizer.encode_plain(f"{BEGIN}{USER}a{END}")
+
+    assert not {0, 1, 2} & set(ids)
+    assert tokenizer.decode(ids) == f"{BEGIN}{USER}a{END}"
+    assert tokenizer.encode_plain("hello") == tokenizer.encode("hello")
+
+
+def test_a_text_has_no_fewer_tokens_than_said_at_once(tokenizer):
+    for text in ("", "a", "日" * 100, THINK * 50, " " * 1000):
+        assert tokenizer.fewest_tokens(text) <= len(tokenizer.encode(text))
+    assert tokenizer.fewest_tokens("a" * 10_000) > 100
+
+
+def test_a_tokenizer_that_is_not_byte_level_is_refused(tmp_path):
+    words = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({f"w{n}": n for n in range(300)}, unk_token="w0")
+    )
+    words.save(str(tmp_path / "tokenizer.json"))
+
+    with pytest.raises(TokenizerError, match="is not a byte-level tokenizer"):
+        Tokenizer.from_pretrained(tmp_path, VOCAB_SIZE)

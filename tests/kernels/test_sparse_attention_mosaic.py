@@ -8,11 +8,13 @@ import os
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from attention_cases import BF16, F32, I32, SCALE, assert_right, expected_of, made_up, shapes
 from jax import lax
+from warpgroup import Warpgroup
 
-from pallas_kernels import QuantKV, Target, read_rows
+from pallas_kernels import QuantKV, Target, decode_rows, read_rows
 from pallas_kernels.attention_inputs.reference import rotate
 from pallas_kernels.sparse_attention import IMPLEMENTATIONS
 from pallas_kernels.sparse_attention.mosaic_config import KEYS, LOG2_E, LOWEST, Config, Sizes, config_for
@@ -181,6 +183,78 @@ def test_the_interpreter_agrees_with_the_reference(sizes, absent, config, progra
     assert_right(out, expected_of(arguments), splits=config.splits)
 
 
+# --- codes become numbers
+
+
+class Threads(Warpgroup):
+    """With what the PTX of codes needs beside: scopes, wide addresses, products of pairs of bfloat16."""
+
+    def _step(self, line: str) -> None:
+        if line := line.lstrip("{} \n"):
+            super()._step(line)
+
+    def _compute(self, name: str, arguments: list[str]) -> None:
+        if name == "cvt.u64.u32":
+            return self._write(arguments[0], self.read(arguments[1]).astype(np.uint64))
+        if name in ("selp.b64", "mov.b64", "add.u64", "and.b64"):
+            kind = np.uint64
+            values = [self.read(each, kind) for each in arguments[1:3]]
+            if name == "selp.b64":
+                values = [np.where(self.registers[arguments[3]], *values)]
+            elif name != "mov.b64":
+                values = [(np.add if name == "add.u64" else np.bitwise_and)(*values)]
+            return self._write(arguments[0], values[0])
+        if name == "lop3.b32":
+            a, b, c, table = map(self.read, arguments[1:])
+            assert (table == 0xEA).all()
+            return self._write(arguments[0], a & b | c)
+        if name == "mul.bf16x2":
+            first, second = ([word << 16, word & 0xFFFF0000] for word in map(self.read, arguments[1:]))
+            low, high = (
+                (a.view(F32) * b.view(F32)).view(np.uint32) >> 16 for a, b in zip(first, second, strict=True)
+            )
+            return self._write(arguments[0], high << 16 | low)
+        return super()._compute(name, arguments)
+
+
+@pytest.mark.parametrize("early", [False, True], ids=["late", "early"])
+def test_codes_become_numbers_where_the_tensor_core_looks_for_them(early):
+    rng, slots, block = np.random.default_rng(0), (40, 90), 3
+    sizes = Sizes(2, 1, 1, slots[0], 128, slots[1], 100, codes=True, early=early)
+    kvs, memory, place, addresses = [], np.zeros(1 << 18, np.uint8), 0, {}
+    for whose, rows in zip(("window", "compressed"), slots, strict=True):
+        codes = np.delete(np.arange(256, dtype=np.uint8), (0x7F, 0xFF))[rng.integers(0, 254, (2, rows, 448))]
+        scale = rng.integers(16, 247, (2, rows, 8), np.uint8)  # XLA makes zeros of what is below 2^-126
+        kvs.append((codes, scale))
+        for name, array in (("nope", codes), ("scale", scale)):
+            memory[place : place + array.size] = array.reshape(-1)
+            addresses[f"{whose}_{name}"] = np.full(128, place, np.uint64)
+            place += -(-array.size // 256) * 256
+    index = rng.integers(0, slots[1], KEYS).astype(np.int32)
+    index[[5, 40]], index[7], index[41] = -1, slots[1], 2**31 - 1  # past the end they name the last row
+
+    shared, thread = np.full(KEYS * 1024 + 256, 0xEE, np.uint8), np.arange(128, dtype=np.uint32)
+    warpgroup, more = Threads(shared, memory), {"thread": thread, "batch": np.full(128, 1, np.uint32)}
+    for half in range(2):
+        row = index[thread // 4 + 32 * half].view(np.uint32)
+        more |= {"row": row, "block": np.full(128, block, np.uint32)}
+        warpgroup.run(ptx.raw_text(sizes), addresses | more)
+        held = {f"raw{n}": warpgroup.registers[f"$result{n}"] for n in range(ptx.RAW)}
+        at = {"tile": np.zeros(128, np.uint64), "starts": np.full(128, KEYS * 1024, np.uint64)}
+        warpgroup.run(ptx.decode_text(half), held | at | more)
+
+    codes, scale = (each[1][np.clip(index, 0, slots[1] - 1)] for each in kvs[1])
+    numbers = decode_rows(QuantKV(codes.view(jnp.float8_e4m3fn), scale, np.zeros((KEYS, 64), jnp.bfloat16)))
+    expected = np.where(index[:, None] >= 0, np.asarray(numbers)[:, :448], 0)
+    key, column = np.indices((KEYS, 448))
+    piece = (key // 8 * 8 + column // 64) * 1024 + key % 8 * 128
+    at = piece + (column % 64 // 8 ^ key % 8) * 16 + column % 8 * 2
+    found = shared[: KEYS * 1024].view(jnp.bfloat16)[at // 2]
+    np.testing.assert_array_equal(found, expected)
+    starts = shared[KEYS * 1024 :].view(F32)
+    np.testing.assert_array_equal(starts, np.where(index >= 0, 0, -np.inf))
+
+
 # --- which calls it takes
 
 FLASH = shapes(1, 4096, 64, 4223, 128, 4096, 512)
@@ -195,7 +269,8 @@ FLASH = shapes(1, 4096, 64, 4223, 128, 4096, 512)
         (Target("cuda", "sm_100"), FLASH, SCALE, False),
         (Target("rocm", "gfx942"), FLASH, SCALE, False),
         (Target("cpu", ""), FLASH, SCALE, False),
-        (H200, shapes(8, 1, 64, 128, 128, 4096, 512), SCALE, False),
+        (H200, shapes(7, 1, 64, 128, 128, 4096, 512), SCALE, False),
+        (H200, shapes(1, 1, 64, 128, 128, 4096, 512, codes=True, turned=True), SCALE, True),
         (H200, shapes(1, 4096, 32, 4223, 128), SCALE, False),
         (H200, shapes(1, 4096, 64, 4223, 128, channels=256), SCALE, False),
         (H200, shapes(1, 4096, 64, 4223, 128, dtype=F32), SCALE, False),
@@ -210,6 +285,7 @@ FLASH = shapes(1, 4096, 64, 4223, 128, 4096, 512)
         "AMD",
         "a CPU",
         "few queries",
+        "one query, codes",
         "32 heads",
         "narrow heads",
         "float32",
@@ -225,9 +301,21 @@ def test_the_kernel_takes(target, arguments, scale, fits):
 
 @pytest.mark.parametrize(
     ("queries", "places", "splits"),
-    [(1, 640, 5), (8, 640, 5), (32, 640, 4), (33, 128, 1), (44, 640, 3), (67, 640, 1), (4096, 8320, 1)],
+    [
+        (1, 640, 5),
+        (8, 640, 5),
+        (32, 640, 4),
+        (33, 128, 1),
+        (44, 640, 3),
+        (67, 640, 1),
+        (4096, 8320, 1),
+        (1, 2048, 8),
+        (1, 8320, 32),
+        (8, 8320, 16),
+    ],
 )
 def test_splits_leave_no_multiprocessor_idle_and_no_program_without_keys(queries, places, splits):
     sizes = Sizes(1, queries, 1, 200, 128, 9000, places - 128)
 
     assert config_for(sizes).splits == splits
+    assert config_for(sizes).cluster == (1 < splits <= 8)

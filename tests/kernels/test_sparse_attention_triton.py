@@ -77,9 +77,9 @@ def test_no_queries_give_nothing(shape):
     ],
 )
 def test_the_kernels_take(target, arguments, scale, fits):
-    (triton,) = [each for each in IMPLEMENTATIONS if each.name == "triton"]
+    taken = [each.fits(target, *arguments, scale) for each in IMPLEMENTATIONS if each.name == "triton"]
 
-    assert triton.fits(target, *arguments, scale) is fits
+    assert any(taken) is fits
 
 
 @pytest.mark.parametrize("arch", EVERY_ARCH)

@@ -16,6 +16,7 @@ from flax import nnx
 from dsv4_jax.cache import LayerCache
 from dsv4_jax.model import declare
 from dsv4_jax.numerics import KVQUANT
+from pallas_kernels.dispatch import choose
 
 CHECKPOINTS = ["tiny-fp4", "tiny-fp8"]
 DATA = Path(__file__).parents[1] / "data"
@@ -94,9 +95,10 @@ def test_the_kernels_of_a_gpu_give_what_the_official_model_gives(checkpoint, loa
     loaded, inputs = golden.loaded, golden.expected
     names = [match[1] for key in inputs if (match := re.fullmatch(r"in/(greedy\d+)/prompt", key))]
 
-    found = dump_outputs.plain(loaded, inputs, DECODE_STEPS)
-    found |= dump_outputs.kvquant(loaded, inputs)
-    found |= dump_outputs.greedy(loaded, {name: inputs[f"in/{name}/prompt"] for name in names})
+    with choose("triton"):  # what is not held against its definition in float32 yet, too
+        found = dump_outputs.plain(loaded, inputs, DECODE_STEPS)
+        found |= dump_outputs.kvquant(loaded, inputs)
+        found |= dump_outputs.greedy(loaded, {name: inputs[f"in/{name}/prompt"] for name in names})
 
     assert sorted(found) == sorted(reference_keys(checkpoint))
     off = []
@@ -122,5 +124,6 @@ def test_attention_of_the_golden_checkpoints_runs_on_kernels(layer, tiny_fp4):
     def attend(params, x, position, cache):
         return nnx.merge(graphdef, params)(x, position, position + 1, cache)
 
-    kernels = {launch.kernel.__name__ for launch in launches(attend, params, x, position, cache)}
+    with choose("sparse_attention=triton"):
+        kernels = {launch.kernel.__name__ for launch in launches(attend, params, x, position, cache)}
     assert kernels & {"_whole", "_split"}
