@@ -149,6 +149,7 @@ class LLM:
         self.implementation = implementation
         self.max_len, self.max_batch = max_len or longest, max_batch
         self._engine: Engine | None = None
+        self._warm = False
 
     @classmethod
     def from_pretrained(
@@ -258,7 +259,12 @@ class LLM:
         return self._token_ids(prompt, sampling, name, **chat)
 
     def room_for(self, requests: Sequence[tuple[list[int], SamplingParams]]) -> tuple[int, int]:
-        """Slots for these requests, up to `max_batch`, and tokens for the longest, as powers of two."""
+        """Slots for these requests, up to `max_batch`, and tokens for the longest, as powers of two.
+
+        All that there may be, if this `LLM` is `invariant` or has been warmed up.
+        """
+        if self.invariant or self._warm:
+            return self._most
         longest = max(len(ids) + params.max_tokens for ids, params in requests)
         slots = min(_power_of_two(len(requests), 1), self.max_batch)
         return slots, min(_power_of_two(longest, SHORTEST_CACHE), self._most[1])
@@ -351,6 +357,7 @@ class LLM:
         """
         self._engine = self._new_engine(*self._most)
         self._engine.warm_up()
+        self._warm = True
 
     def _answers(
         self, requests: Sequence[tuple[list[int], SamplingParams]]
@@ -414,7 +421,7 @@ class LLM:
         """With a slot for each of these, up to `max_batch`, and room for the longest; kept for the next."""
         slots, longest = self.room_for(requests)
         if self._engine is None or self._engine.slots < slots or self._engine.max_len < longest:
-            self._engine = self._new_engine(*(self._most if self.invariant else (slots, longest)))
+            self._engine = self._new_engine(slots, longest)
         return self._engine
 
     @property

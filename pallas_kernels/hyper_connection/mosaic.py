@@ -86,7 +86,7 @@ def _run(case: Case, owns: bool, refs: dict[str, Any], tile: jax.Array) -> None:
 def _kernel(case: Case, *refs: Any) -> None:
     inputs = ("y", "streams", "post", "comb", "weights", "scale", "base", "weight")
     outputs = ("new", "x", "new_post", "new_comb")
-    named = dict(zip((*inputs, *outputs, *SHARED[False]), refs, strict=True))
+    named: dict[str, Any] = dict(zip((*inputs, *outputs, *SHARED[False]), refs, strict=True))
     tile = lax.axis_index("tile")
 
     def mix() -> None:

@@ -82,15 +82,16 @@ class Config(NamedTuple):
         return self.key_stages * keys + self.query_stages * self.queries * (QUERY_BYTES + WEIGHT_BYTES)
 
 
-FEW_QUERIES = 4  # so many or fewer of a sequence are one item; reading keys is the work then
+FEW_QUERIES = 4  # so many or fewer of a sequence are one item; decoding keys is the work then
+MANY_KEYS = 2**18  # of all sequences: enough large tiles for all multiprocessors
 
 
-def config_for(rows: int) -> Config:
-    """For so many queries of each sequence, with as many stages as shared memory has room for."""
+def config_for(rows: int, keys: int) -> Config:
+    """For so many queries of each sequence, and keys of all of them together."""
     if rows > FEW_QUERIES:
-        return Config(chunk=128, queries=4, consumers=2, waves=2, key_stages=2, query_stages=4)
-    # A consumer's registers hold one product: four consumers hide each other's waiting.
-    return Config(chunk=rows, queries=1, consumers=4, waves=1, key_stages=8, query_stages=8)
+        return Config(chunk=128, queries=4, consumers=2, waves=4, key_stages=1, query_stages=4)
+    waves = 4 if keys >= MANY_KEYS else 2
+    return Config(chunk=rows, queries=1, consumers=2, waves=waves, key_stages=4, query_stages=4)
 
 
 class Sizes(NamedTuple):
@@ -410,7 +411,7 @@ def index_scores(
     batch, tokens = q.shape[:2]
     entries = keys.shape[1]
     rows, stride = rows or tokens, stride or entries
-    config = config or config_for(rows)
+    config = config or config_for(rows, batch * entries)
     first = jnp.zeros(1, jnp.int32) if first is None else first
     if visible is None:
         visible = jnp.full((batch, tokens), entries, jnp.int32)

@@ -31,7 +31,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 
 from expert_cases import relative_error
-from harness import facts, repeated, save, timed
+from harness import Repeated, facts, save, timed
 from profile_kernels import kernel_times, print_kernel_times
 
 from pallas_kernels import KeyValues, current_target, empty_kv, encode_rows
@@ -205,17 +205,16 @@ class Case:
 
         out, again = (one(self.requests[0], self.cache) for _ in range(2))
         error = self.error(out) if (out == again).all() else float("nan")
-        inputs, rounds = [(self.requests, self.cache, self.others)], jnp.int32(self.rounds)
-        compiled = repeated(run, 1).lower(inputs, rounds).compile()
-        return functools.partial(compiled, inputs, rounds), self.rounds * self.sets, out, error
+        program = Repeated(run, [(self.requests, self.cache, self.others)], 1)
+        return functools.partial(program, self.rounds), self.rounds * self.sets, out, error
 
     def others_us(self) -> float:
         """What a program without requests takes, of the time of each."""
         if self.others.size == 1:
             return 0.0
-        inputs, rounds = [(self.requests, self.cache, self.others)], jnp.int32(self.rounds)
-        run = repeated(lambda requests, cache, others: [others.sum()], 1).lower(inputs, rounds).compile()
-        return timed(lambda: run(inputs, rounds), self.rounds)["us"] / self.sets
+        inputs = [(self.requests, self.cache, self.others)]
+        program = Repeated(lambda requests, cache, others: [others.sum()], inputs, 1)
+        return timed(lambda: program(self.rounds), self.rounds)["us"] / self.sets
 
 
 def _present(tokens: int) -> np.ndarray:

@@ -79,9 +79,10 @@ def test_the_kernel_lowers_for(sizes):
     assert lowered(shapes(*sizes)).count("@mosaic_gpu_v2") == 1
 
 
+@pytest.mark.parametrize("keys", [4, 2**20])
 @pytest.mark.parametrize("rows", [1, 2, 4, 5, 4096])
-def test_every_config_fits_a_multiprocessor(rows):
-    config = mosaic.config_for(rows)
+def test_every_config_fits_a_multiprocessor(rows, keys):
+    config = mosaic.config_for(rows, keys)
 
     assert config.shared_bytes <= mosaic.SHARED_BYTES
     assert config.queries * HEADS <= mosaic.MOST_COPIED
