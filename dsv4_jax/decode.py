@@ -5,9 +5,10 @@ those that stand (`speculative.verify`), and its MTP head drafts the next k. Not
 falls: the sequence is simply that much shorter, and what the caches hold beyond its end is written anew when
 it gets there (see `cache`).
 
-A step has two parts: to read tokens (`read`), and to choose what follows them (`advance`). With `invariant` a
-row's tokens are read one at a time, drafts too: a product of one shape rounds in one way, so what the model
-says does not depend on how many drafts there were. docs/numerics.md says what follows from that.
+A step has two parts: to read tokens (`read`), and to choose what follows them (`advance`). `steps` takes
+several in one program, so that the device need not wait for the host between them. With `invariant` a row's
+tokens are read one at a time, drafts too: a product of one shape rounds in one way, so what the model says
+does not depend on how many drafts there were. docs/numerics.md says what follows from that.
 """
 
 import dataclasses
@@ -48,19 +49,17 @@ class Requests:
       sampling: how it chooses its tokens.
       max_tokens: how many it gets; 0 for a row that only fills the batch.
       stop_at_eos: whether an EOS ends it.
-      forced: its next token, whatever the model says, or FREE; None where no row is ever told.
       penalties: on what it has said; None where no row asks for any.
     """
 
     sampling: SamplingArrays
     max_tokens: Int32[Array, " B"]
     stop_at_eos: Bool[Array, " B"]
-    forced: Int32[Array, " B"] | None = None
     penalties: Penalties | None = None
 
     @classmethod
     def stack(cls, params: Sequence[SamplingParams]) -> Self:
-        """One row per request, in order; none is told its tokens."""
+        """One row per request, in order."""
         limits = np.array([each.max_tokens for each in params], np.int32)
         stops = np.array([not each.ignore_eos for each in params])
         penalties = Penalties.stack(params) if any(each.penalises for each in params) else None
@@ -123,7 +122,7 @@ class Read(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Added:
-    """What a step adds to each row.
+    """What a step adds to each row; `steps` gives that of all its steps, one after the other.
 
     Attributes:
       tokens: of them the first `count` are real, an EOS among them the last.
@@ -134,12 +133,12 @@ class Added:
       not_finite: whether it ended because its logits were not finite numbers.
     """
 
-    tokens: Int32[Array, "B k+1"]
-    logprobs: Float32[Array, "B k+1"]
-    count: Int32[Array, " B"]
-    accepted: Int32[Array, " B"]
-    stopped: Bool[Array, " B"]
-    not_finite: Bool[Array, " B"]
+    tokens: Int32[Array, "*steps B k+1"]
+    logprobs: Float32[Array, "*steps B k+1"]
+    count: Int32[Array, "*steps B"]
+    accepted: Int32[Array, "*steps B"]
+    stopped: Bool[Array, "*steps B"]
+    not_finite: Bool[Array, "*steps B"]
 
 
 def read(
@@ -197,6 +196,7 @@ def first_step(
     draft_tokens: int,
     eos_token_id: int,
     said: Said | None = None,
+    forced: Int32[Array, " B"] | None = None,
 ) -> tuple[Added, Sequences]:
     """The first token of each row, from what the model says after its prompt's last token (n = 1).
 
@@ -205,6 +205,7 @@ def first_step(
       caches: of the whole prompt; the head's of all of it but the last token.
       draft_tokens: how many drafts each step is to have.
       said: the prompts, where requests have penalties.
+      forced: as of `advance`.
     """
     batch, vocab = length.shape[0], last.logits.shape[-1]
     before = Sequences(
@@ -217,15 +218,22 @@ def first_step(
         caches=caches,
         said=said,
     )
-    return advance(models, requests, before, last, draft_tokens, eos_token_id)
+    return advance(models, requests, before, last, draft_tokens, eos_token_id, forced)
 
 
 def step(
-    models: Models, requests: Requests, sequences: Sequences, eos_token_id: int, *, invariant: bool = False
+    models: Models,
+    requests: Requests,
+    sequences: Sequences,
+    eos_token_id: int,
+    forced: Int32[Array, " B"] | None = None,
+    *,
+    invariant: bool = False,
 ) -> tuple[Added, Sequences]:
     """One to k + 1 more tokens for each row that is not done; a row that is writes nothing anywhere.
 
     Args:
+      forced: as of `advance`.
       invariant: read each row's tokens one at a time.
     """
     ids = jnp.concatenate([sequences.token[:, None], sequences.drafts], axis=1)
@@ -233,7 +241,43 @@ def step(
     how = read_one_by_one if invariant else read
     found, main = how(models.main, ids, sequences.position, reads, sequences.caches.main)
     now = dataclasses.replace(sequences, caches=Caches(main, sequences.caches.head))
-    return advance(models, requests, now, found, sequences.drafts.shape[1], eos_token_id)
+    return advance(models, requests, now, found, sequences.drafts.shape[1], eos_token_id, forced)
+
+
+def steps(
+    models: Models,
+    requests: Requests,
+    sequences: Sequences,
+    eos_token_id: int,
+    forced: Int32[Array, "n B"],
+    most: Int32[Array, ""],
+    *,
+    invariant: bool = False,
+) -> tuple[Added, Sequences]:
+    """Up to `most` steps, of n at most; fewer if all rows are done before.
+
+    Args:
+      forced: as of `advance`, for each step.
+      invariant: as of `step`.
+
+    Returns:
+      What each of the n steps added, which is nothing in those that were not taken; and what follows.
+    """
+
+    def one(carry):
+        number, added, sequences = carry
+        told = jax.lax.dynamic_index_in_dim(forced, number, keepdims=False)
+        new, sequences = step(models, requests, sequences, eos_token_id, told, invariant=invariant)
+        write = functools.partial(jax.lax.dynamic_update_index_in_dim, index=number, axis=0)
+        return number + 1, jax.tree.map(write, added, new), sequences
+
+    def goes_on(carry) -> Bool[Array, ""]:
+        number, _, sequences = carry
+        return (number < most) & ~sequences.done.all()
+
+    shapes, _ = jax.eval_shape(lambda: step(models, requests, sequences, eos_token_id, forced[0]))
+    nothing = jax.tree.map(lambda leaf: jnp.zeros((len(forced), *leaf.shape), leaf.dtype), shapes)
+    return jax.lax.while_loop(goes_on, one, (jnp.int32(0), nothing, sequences))[1:]
 
 
 def advance(
@@ -243,17 +287,22 @@ def advance(
     found: Read,
     draft_tokens: int,
     eos_token_id: int,
+    forced: Int32[Array, " B"] | None = None,
 ) -> tuple[Added, Sequences]:
-    """What follows from what the model said of the tokens just read: more tokens, and the next drafts."""
+    """What follows from what the model said of the tokens just read: more tokens, and the next drafts.
+
+    Args:
+      forced: each row's next token, whatever the model says, or FREE; None tells no row.
+    """
     drafts, count = sequences.drafts, sequences.count
     logits, said = found.logits, sequences.said
     if requests.penalties is not None and said is not None:
         logits = penalised(logits, drafts, requests.penalties, said)
     standing, token = verify(logits, drafts, sequences.drawn_from, requests.sampling, count)
 
-    if requests.forced is not None:
-        told = requests.forced != FREE
-        standing, token = jnp.where(told, 0, standing), jnp.where(told, requests.forced, token)
+    if forced is not None:
+        told = forced != FREE
+        standing, token = jnp.where(told, 0, standing), jnp.where(told, forced, token)
 
     # tokens[i] follows the i-th token read: drafts that stand, then the model's own.
     place = jnp.arange(found.logits.shape[1])

@@ -1,17 +1,18 @@
 """Many requests on one device: each has a slot, comes and goes between steps, and waits for no other.
 
-A slot is a row of fixed arrays, so nothing compiles when requests come and go. A prompt is read piece by
-piece, one piece between two decode steps; a slot whose request has ended reads and writes nothing. What a
-slot's caches hold of earlier requests gets weight 0 from later ones. So it needs no clearing, unless it may
-not be finite, which 0 times it would not be either.
+A slot is a row of fixed arrays, so nothing compiles when requests come and go. Several decode steps are one
+program, which takes as many as the host asks for: one between two pieces of a prompt, which is read piece by
+piece, else as many as fit. A slot whose request has ended reads and writes nothing. What a slot's caches hold
+of earlier requests gets weight 0 from later ones. So it needs no clearing, unless it may not be finite, which
+0 times it would not be either.
 
 With `prefix_bytes`, what prompts have left behind is kept after each of their largest pieces (`prefix`). A
 prompt that begins with the same pieces goes on from there, and gets the same answer, to the bit: it reads the
 rest in the pieces in which it would have read it anyway.
 
 With `invariant` a greedy request's bits do not depend on the number of drafts either: prompts are read in
-pieces of one length, and all that its tokens and logprobs follow from is computed by programs that are the
-same for any such number. docs/numerics.md says what that guarantees, and what it costs.
+pieces of one length, and tokens of answers one at a time. docs/numerics.md says what that guarantees, and
+what it costs.
 """
 
 import collections
@@ -27,7 +28,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Float, Int32
 
 from dsv4_jax.cache import Cache, LayerCache, make_cache
 from dsv4_jax.checkpoint.load import LoadedModel
@@ -43,10 +44,9 @@ from dsv4_jax.decode import (
     Read,
     Requests,
     Sequences,
-    advance,
     first_step,
-    read,
     read_out,
+    steps,
 )
 from dsv4_jax.errors import MemoryPlanError, RequestError
 from dsv4_jax.model import Params, bind
@@ -54,19 +54,24 @@ from dsv4_jax.mtp import bind_mtp, make_mtp_cache
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.penalties import Penalties, Said
 from dsv4_jax.prefix import PrefixCache, PromptState, put_block, take_block
-from dsv4_jax.sampling import KINDS, SamplingParams
+from dsv4_jax.sampling import SamplingParams
 from dsv4_jax.sharding import constrain
 from pallas_kernels.dispatch import choose
+from pallas_kernels.target import current_target
 
 # Tokens of a prompt that are read at once: as many of these as are left of it, or the fewest.
 PIECES = (32, 128, 512)
 MOST_WARM_UPS = 4
 FinishReason = Literal["stop", "length", "error", "cancelled"]
 
+# On a GPU starting a program costs the host some microseconds for each array and each kernel in it. Where the
+# host takes longer than the device for one step, it is to start several at once.
+STEPS_ON_GPU = 8
+
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """What a step brought a request.
+    """What a step, or several that were one program, brought a request.
 
     Attributes:
       request: as `add` numbered it.
@@ -74,7 +79,7 @@ class Event:
       logprobs: of these under the model, before temperature.
       finish_reason: None while it goes on; then "stop" at an EOS, "length" at its maximum, "error" where
         logits were not finite numbers, "cancelled".
-      drafted: tokens that were drafted for it in this step.
+      drafted: tokens that were drafted for it.
       accepted: how many of the new tokens are such drafts.
     """
 
@@ -102,6 +107,11 @@ class _Request:
     def reading(self) -> bool:
         return self.read < len(self.ids)
 
+    @property
+    def left(self) -> int:
+        """How many tokens it may still get."""
+        return len(self.ids) + self.sampling.max_tokens - self.read
+
 
 class Engine:
     """Slots of a loaded model.
@@ -111,7 +121,7 @@ class Engine:
       max_len: tokens that a prompt and its answer may have together.
       draft_tokens: tokens that the MTP head drafts for each step; 0 for none.
       invariant: whether a request's bits are those it gets with any number of drafts, where it is greedy.
-      steps: pieces of prompts and decode steps so far.
+      steps_at_once: decode steps that the device takes, at most, before the host hears of the first.
       prefix_hits: prompts so far whose beginning was kept.
       prefix_tokens: tokens of these that were not read again.
     """
@@ -128,12 +138,14 @@ class Engine:
         pieces: Sequence[int] = PIECES,
         prefix_bytes: int = 0,
         invariant: bool = False,
+        steps_at_once: int | None = None,
     ):
         """Allocates the caches of all slots.
 
         Args:
           pieces: lengths of the pieces in which prompts are read; `invariant` has one of its own.
           prefix_bytes: memory for the beginnings of prompts; 0 keeps none.
+          steps_at_once: None is one on a CPU and some on a GPU.
 
         Raises:
           MemoryPlanError: caches and beginnings do not fit the device's free memory, or `prefix_bytes` do not
@@ -147,7 +159,9 @@ class Engine:
         self.model, self.numerics, self.implementation = model, numerics, implementation
         self.slots, self.max_len, self.draft_tokens = slots, max_len, draft_tokens
         self.invariant = invariant
-        self.steps = self.prefix_hits = self.prefix_tokens = 0
+        several = STEPS_ON_GPU if current_target().vendor != "cpu" else 1
+        self.steps_at_once = steps_at_once or several
+        self.prefix_hits = self.prefix_tokens = 0
         self._pieces = (INVARIANT_PIECE,) if invariant else tuple(sorted(pieces))
         # Caches of one size for any number of drafts, so that the programs which take them are the same.
         max_draft = MOST_DRAFTS if invariant else draft_tokens
@@ -162,6 +176,7 @@ class Engine:
             )
         self._prefix = self._make_prefix(prefix_bytes) if prefix_bytes else None
         with self._context():
+            self._free = jnp.full((self.steps_at_once, slots), FREE, jnp.int32)
             self._requests = _idle(slots)
             self._sequences, self._last = self._empty(), self._empty_last()
             if not model.mesh:  # bound to the device, as programs will give them back: else all compile twice
@@ -221,9 +236,9 @@ class Engine:
                     self._stop(request)
 
     def step(self) -> list[Event]:
-        """Lets requests in, reads a piece of one prompt, takes one decode step, and tells what came of it.
+        """Lets requests in, reads a piece of one prompt, takes decode steps, and tells what came of them.
 
-        A decode step's tokens are told one call later, so that the device works while the host reads.
+        What decode steps bring is told one call later, so that the device works while the host reads.
         """
         events, self._late = self._late, []
         with self._context():
@@ -234,10 +249,8 @@ class Engine:
             landed, self._flying = self._flying, None
             decoding = {slot: each for slot, each in self._running.items() if not each.reading}
             if decoding:
-                self._tell(decoding.values())
                 with self._asked(decoding.values()) as asked:
-                    self._flying = self._decode(asked), decoding
-                self.steps += 1
+                    self._flying = self._decode(asked, decoding.values()), decoding
             if landed is not None:
                 events += self._events(*landed)
         return events
@@ -340,7 +353,7 @@ class Engine:
                 request = self._waiting.popleft()
                 request.slot = slot
                 self._running[slot] = request
-                row = _request_row(request.sampling)
+                row = dataclasses.replace(Requests.stack([request.sampling]), penalties=None)
                 self._requests = _set_row(self._requests, row, np.int32(slot))
                 if request.sampling.penalises or self._penalised is not None:
                     self._remember(request)
@@ -357,22 +370,17 @@ class Engine:
 
     @contextmanager
     def _asked(self, requests: Iterable[_Request]) -> Iterator[Requests]:
-        """What all rows ask for, said to be no more than these do: the others' tokens do not matter.
+        """What all rows ask for; with penalties only if one of these has any.
 
         Inside, the sequences know what has been said if one of these has penalties.
         """
-        requests = list(requests)
-        kind = max((request.sampling.kind for request in requests), key=KINDS.index)
-        asked = dataclasses.replace(
-            self._requests, sampling=dataclasses.replace(self._requests.sampling, kind=kind)
-        )
         if not any(request.sampling.penalises for request in requests):
-            yield asked
+            yield self._requests
             return
         assert self._penalised is not None
         penalties, said = self._penalised
         self._sequences = dataclasses.replace(self._sequences, said=said)
-        yield dataclasses.replace(asked, penalties=penalties)
+        yield dataclasses.replace(self._requests, penalties=penalties)
         assert self._sequences.said is not None
         self._penalised = penalties, self._sequences.said
         self._sequences = dataclasses.replace(self._sequences, said=None)
@@ -418,21 +426,19 @@ class Engine:
         ids = np.zeros((1, size), np.int32)
         ids[0, :here] = request.ids[request.read : request.read + here]
         self._read_ids(ids, np.array([slot, request.read, here], np.int32))
-        self.steps += 1
         request.read += here
         if self._prefix is not None and here == self._prefix.tokens:
             number = request.read // here - 1
             self._prefix.keep(request.ids[: request.read], lambda: self._take_block(slot, number))
         if request.reading:
             return []
-        self._tell([request])
         place = np.array([slot, len(request.ids)], np.int32)
         last = _read_out(*self._static, self._params[0], self._last, np.int32(slot))
+        told = self._told([request], 1)[0]
         with self._asked([request]) as asked:
-            added, self._sequences = _begin(
-                *self._static, self.draft_tokens, self._params, asked, self._sequences, last, place
-            )
-        return self._events(added, {0: request}, drafted=0)
+            what = self._params, asked, self._sequences, last, told, place
+            added, self._sequences = _begin(*self._static, self.draft_tokens, *what)
+        return self._events(added, {slot: request}, drafted=0)
 
     def _read_ids(self, ids: Int32[np.ndarray, "1 T"], numbers: Int32[np.ndarray, "3"]) -> None:
         """Runs a piece of a prompt through the model, then through the MTP head."""
@@ -442,53 +448,57 @@ class Engine:
         head, last = _follow(*self._static, self._params, behind, streams, ids, numbers)
         self._state = PromptState(Caches(main, head), last)
 
-    def _decode(self, asked: Requests) -> Added:
-        """Reads the newest token and the drafts of every row, and lets what follows from that come next."""
-        now = self._sequences
-        found, main, head = [], now.caches.main, now.caches.head
-        at_once = 1 if self.invariant else self.draft_tokens + 1
-        for ids, position, reads in _columns(at_once, now.token, now.drafts, now.position, now.done):
-            what, main = _read(*self._static, self._params[0], ids, position, reads, main)
-            found.append(what)
-        now = dataclasses.replace(now, caches=Caches(main, head))
-        added, self._sequences = _advance(*self._static, self._params, asked, now, found)
+    def _decode(self, asked: Requests, requests: Iterable[_Request]) -> Added:
+        """Takes steps, as many as some of these need, but one while a prompt is read."""
+        most = min(self.steps_at_once, max(request.left for request in requests))
+        if any(request.reading for request in self._running.values()):
+            most = 1
+        what = self._params, asked, self._sequences, self._told(requests, most), np.int32(most)
+        added, self._sequences = _steps(*self._static, self.invariant, *what)
         return added
 
-    def _tell(self, requests: Iterable[_Request]) -> None:
-        """Tells the device the next token of those requests whose tokens are given."""
+    def _told(
+        self, requests: Iterable[_Request], steps: int
+    ) -> Int32[Array, "n S"] | Int32[np.ndarray, "n S"]:
+        """The next tokens of those requests whose tokens are given, for so many of n steps; else FREE."""
         if not any(request.forced for request in requests):
-            return
-        forced = np.full(self.slots, FREE, np.int32)
+            return self._free
+        forced = np.full(self._free.shape, FREE, np.int32)
         for request in requests:
-            if request.told < len(request.forced):
-                forced[request.slot] = request.forced[request.told]
-                request.told += 1
-        self._requests = _force(self._requests, forced)
+            told = request.forced[request.told : request.told + steps]
+            forced[: len(told), request.slot] = told
+            request.told += len(told)
+        return forced
 
     def _events(self, added: Added, requests: dict[int, _Request], drafted: int | None = None) -> list[Event]:
-        """Of the requests in these rows; those that have ended leave their slots."""
+        """Of the requests in these slots; those that have ended leave them."""
         drafted = self.draft_tokens if drafted is None else drafted
-        host: Any = jax.device_get(added)
+        host: Any = jax.tree.map(np.asarray, jax.device_get(added))
+        if host.count.ndim == 1:  # of a single step
+            host = jax.tree.map(lambda leaf: leaf[None], host)
         events = []
-        for row, request in requests.items():
-            if self._running.get(request.slot) is not request:  # type: ignore[arg-type]
+        for slot, request in requests.items():
+            if self._running.get(slot) is not request:
                 continue  # cancelled, or ended in the step before this one
-            count = int(host.count[row])
-            request.read += count
+            row = jax.tree.map(lambda leaf: leaf[:, slot], host)  # noqa: B023 (used here and now)
+            real = np.arange(row.tokens.shape[1]) < row.count[:, None]
+            tokens, logprobs = row.tokens[real].tolist(), row.logprobs[real].tolist()
+            request.read += len(tokens)
             reason: FinishReason | None = None
-            if host.not_finite[row]:
+            if row.not_finite.any():
                 reason = "error"
-            elif host.stopped[row]:
+            elif row.stopped.any():
                 reason = "stop"
-            elif request.read - len(request.ids) >= request.sampling.max_tokens:
+            elif request.left == 0:
                 reason = "length"
-            tokens, logprobs = host.tokens[row, :count].tolist(), host.logprobs[row, :count].tolist()
-            accepted = int(host.accepted[row])
-            events.append(Event(request.number, tokens, logprobs, reason, drafted, accepted))
+            took = np.count_nonzero((row.count > 0) | row.not_finite)
+            events.append(
+                Event(request.number, tokens, logprobs, reason, int(took) * drafted, int(row.accepted.sum()))
+            )
             if reason == "error":
-                self._clear(request.slot)  # type: ignore[arg-type]
+                self._clear(slot)
             if reason is not None:
-                del self._running[request.slot]  # type: ignore[arg-type]
+                del self._running[slot]
         return events
 
     def _stop(self, request: _Request) -> None:
@@ -522,11 +532,6 @@ def _clear_row(tree: Any, slot: Int32[Array, ""]) -> Any:
     return _set_row(tree, jax.tree.map(lambda leaf: jnp.zeros_like(leaf[:1]), tree), slot)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _force(requests: Requests, forced: Int32[Array, " S"]) -> Requests:
-    return dataclasses.replace(requests, forced=forced)
-
-
 def _row(tree: Any, slot: Int32[Array, ""]) -> Any:
     return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, slot, 1), tree)
 
@@ -534,10 +539,6 @@ def _row(tree: Any, slot: Int32[Array, ""]) -> Any:
 def _models(config: Config, numerics: Numerics, params: tuple[Params, Params | None]) -> Models:
     main, mtp = params
     return Models(bind(config, numerics, main), None if mtp is None else bind_mtp(config, numerics, mtp))
-
-
-# What these three programs find, a request's tokens and logprobs follow from. An invariant engine calls them
-# with arrays of the same shapes whatever its number of drafts, so they are the very same programs.
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
@@ -566,20 +567,6 @@ def _read_out(
 ) -> Read:
     """What the model says after the prompt of one slot."""
     return read_out(bind(config, numerics, params), _row(last, slot)[:, None])
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=6)
-def _read(
-    config: Config,
-    numerics: Numerics,
-    params: Params,
-    ids: Int32[Array, "S n"],
-    position: Int32[Array, " S"],
-    reads: Int32[Array, " S"],
-    cache: Cache,
-) -> tuple[Read, Cache]:
-    """What the model says after each of these tokens."""
-    return read(bind(config, numerics, params), ids, position, reads, cache)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
@@ -621,58 +608,43 @@ def _begin(
     requests: Requests,
     sequences: Sequences,
     last: Read,
+    forced: Int32[Array, " S"],
     place: Int32[Array, "2"],
 ) -> tuple[Added, Sequences]:
-    """The first token of the slot `place[0]`, whose prompt of `place[1]` tokens has been read."""
+    """The first token of the slot `place[0]`, whose prompt of `place[1]` tokens has been read.
+
+    What it adds is that of all slots, of which the others get nothing.
+    """
     models, slot = _models(config, numerics, params), place[0]
-    row = _row(sequences.caches, slot)
-    asked = _row(requests, slot)
-    said = None if sequences.said is None else _row(sequences.said, slot)
-    added, begun = first_step(models, asked, last, place[1:], row, draft_tokens, config.eos_token_id, said)
-    return added, _set_row(sequences, begun, slot)
+    row, asked, told, said = _row((sequences.caches, requests, forced, sequences.said), slot)
+    eos = config.eos_token_id
+    added, begun = first_step(models, asked, last, place[1:], row, draft_tokens, eos, said, told)
+    slots = sequences.count.shape[0]
+    nothing = jax.tree.map(lambda leaf: jnp.zeros((slots, *leaf.shape[1:]), leaf.dtype), added)
+    return _set_row(nothing, added, slot), _set_row(sequences, begun, slot)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _columns(
-    width: int,
-    token: Int32[Array, " S"],
-    drafts: Int32[Array, "S k"],
-    position: Int32[Array, " S"],
-    done: Bool[Array, " S"],
-) -> list[tuple[Int32[Array, "S width"], Int32[Array, " S"], Int32[Array, " S"]]]:
-    """The tokens to read, so many of each row at a time, with their positions and how many count."""
-    ids = jnp.concatenate([token[:, None], drafts], axis=1)
-    reads, starts = jnp.where(done, 0, width), range(0, ids.shape[1], width)
-    return [(ids[:, start : start + width], position + start, reads) for start in starts]
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
-def _advance(
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
+def _steps(
     config: Config,
     numerics: Numerics,
+    invariant: bool,
     params: tuple[Params, Params | None],
     requests: Requests,
     sequences: Sequences,
-    found: list[Read],
+    forced: Int32[Array, "n S"],
+    most: Int32[Array, ""],
 ) -> tuple[Added, Sequences]:
-    """What follows from what the model said of all tokens just read."""
-    together = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *found)
-    models, drafts = _models(config, numerics, params), sequences.drafts.shape[1]
-    return advance(models, requests, sequences, together, drafts, config.eos_token_id)
+    """Up to `most` decode steps; all it is given may change without a compile."""
+    models = _models(config, numerics, params)
+    return steps(models, requests, sequences, config.eos_token_id, forced, most, invariant=invariant)
 
 
 # --- host helpers
 
 
 def _idle(slots: int) -> Requests:
-    row = _request_row(SamplingParams(temperature=0.0))
-    return jax.tree.map(lambda leaf: jnp.repeat(jnp.asarray(leaf), slots, axis=0), row)
-
-
-def _request_row(sampling: SamplingParams) -> Requests:
-    return dataclasses.replace(
-        Requests.stack([sampling]), forced=jnp.array([FREE], jnp.int32), penalties=None
-    )
+    return Requests.stack([SamplingParams(temperature=0.0)] * slots)
 
 
 def free_bytes() -> int | None:

@@ -15,10 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
 from dsv4_jax.errors import RequestError
-
-# What rows ask for, from the least work to the most: the most likely token, a draw, a draw after cuts.
-KINDS = ("greedy", "whole", "cut")
-Kind = Literal["greedy", "whole", "cut"]
+from pallas_kernels.target import current_target
 
 # Below the smallest normal float32 a division may flush to zero, so such a temperature counts as 0.
 LOWEST_TEMPERATURE = float(np.finfo(np.float32).tiny)
@@ -75,13 +72,6 @@ class SamplingParams:
         """Whether it asks for any penalty."""
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
 
-    @property
-    def kind(self) -> Kind:
-        """What the sampler has to do for it."""
-        if self.temperature < LOWEST_TEMPERATURE:
-            return "greedy"
-        return "cut" if self.top_k > 0 or self.top_p < 1 or self.min_p > 0 else "whole"
-
 
 def _stop_strings(stop: Any) -> tuple[str, ...]:
     strings = (stop,) if isinstance(stop, str) else stop
@@ -93,19 +83,13 @@ def _stop_strings(stop: Any) -> tuple[str, ...]:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SamplingArrays:
-    """The parameters that `sample` reads, one value per row of a batch.
-
-    Attributes:
-      kind: the most that any row asks for, where that is known when a program is traced. Else the program
-        finds out as it runs, which on a GPU makes the host wait for the device.
-    """
+    """The parameters that `sample` reads, one value per row of a batch."""
 
     temperature: Float32[Array, "B"]
     top_k: Int32[Array, "B"]
     top_p: Float32[Array, "B"]
     min_p: Float32[Array, "B"]
     seed: UInt32[Array, "B"]
-    kind: Kind | None = dataclasses.field(default=None, metadata={"static": True})
 
     @classmethod
     def stack(cls, params: Sequence[SamplingParams]) -> Self:
@@ -130,7 +114,7 @@ def sample(
 
     Rows at temperature 0 take the most likely token, the smaller id of a tie. The others draw from
     `truncated_logits`. Pure and jittable; a batch that is all greedy draws nothing, and one that asks for
-    no truncation sorts nothing.
+    no truncation searches for no cut.
 
     Args:
       logits: as the model gives them. A row with a NaN gives some token and a NaN; no error is raised.
@@ -140,8 +124,8 @@ def sample(
     Returns:
       tokens, and their log-probabilities in nats under the untempered, untruncated model.
     """
-    tokens = if_greedy(
-        sampling,
+    tokens = jax.lax.cond(
+        all_greedy(sampling),
         lambda: most_likely(logits),
         lambda: draw(truncated_logits(logits, sampling), sampling.seed, step),
     )
@@ -165,8 +149,8 @@ def truncated_logits(logits: Float32[Array, "B V"], sampling: SamplingArrays) ->
     below_best = logits - jnp.max(logits, axis=-1, keepdims=True)
     tempered = below_best / jnp.where(greedy, 1.0, sampling.temperature)[:, None]
     truncates = (sampling.top_k > 0) | (sampling.top_p < 1) | (sampling.min_p > 0)
-    truncated = _decide(
-        jnp.any(truncates & ~greedy) if sampling.kind is None else sampling.kind == "cut",
+    truncated = jax.lax.cond(
+        jnp.any(truncates & ~greedy),
         lambda: jnp.where(_kept(tempered, sampling), tempered, -jnp.inf),
         lambda: tempered,
     )
@@ -174,17 +158,9 @@ def truncated_logits(logits: Float32[Array, "B V"], sampling: SamplingArrays) ->
     return jnp.where(greedy[:, None], jnp.where(is_best, 0.0, -jnp.inf), truncated)
 
 
-def if_greedy[T](sampling: SamplingArrays, greedy: Callable[[], T], drawn: Callable[[], T]) -> T:
-    """What `greedy` gives if no row draws anything, else what `drawn` gives."""
-    holds = jnp.all(_is_greedy(sampling)) if sampling.kind is None else sampling.kind == "greedy"
-    return _decide(holds, greedy, drawn)
-
-
-def _decide[T](holds: bool | Bool[Array, ""], then: Callable[[], T], otherwise: Callable[[], T]) -> T:
-    """`jax.lax.cond`, but for what is known before anything runs."""
-    if isinstance(holds, bool):
-        return then() if holds else otherwise()
-    return jax.lax.cond(holds, then, otherwise)
+def all_greedy(sampling: SamplingArrays) -> Bool[Array, ""]:
+    """Whether no row draws anything."""
+    return jnp.all(_is_greedy(sampling))
 
 
 def _is_greedy(sampling: SamplingArrays) -> Bool[Array, "B"]:
@@ -198,23 +174,60 @@ def most_likely(logits: Float32[Array, "*rows V"]) -> Int32[Array, "*rows"]:
 
 def _kept(logits: Float32[Array, "B V"], sampling: SamplingArrays) -> Bool[Array, "B V"]:
     """Which tokens min-p, top-k and top-p leave. Expects the best logit of each row to be 0."""
-    V = logits.shape[-1]
-    ids_BV = jnp.broadcast_to(jnp.arange(V, dtype=jnp.int32), logits.shape)
-    negated_BV, order_BV = jax.lax.sort((-logits, ids_BV), num_keys=1, is_stable=True)
-    sorted_BV = -negated_BV
-
-    top_k = jnp.where(sampling.top_k > 0, sampling.top_k, V)
-    keep_BV = (ids_BV < top_k[:, None]) & (sorted_BV >= jnp.log(sampling.min_p)[:, None])
-    p_BV = jax.nn.softmax(jnp.where(keep_BV, sorted_BV, -jnp.inf))
-    mass_before_BV = jnp.cumsum(p_BV, axis=-1) - p_BV
+    few = jnp.where(sampling.top_k > 0, sampling.top_k, logits.shape[-1]).astype(jnp.float32)
+    kept = _leading(logits, jnp.ones_like(logits), few) & (logits >= jnp.log(sampling.min_p)[:, None])
+    mass = jnp.where(kept, jnp.exp(logits), 0)
+    wanted = jnp.maximum(
+        sampling.top_p * mass.sum(-1), LOWEST_TEMPERATURE
+    )  # the best one has nothing before it
     # At 1 it is off by its own test: rounding in the sum must not cost such a row its tail.
-    keep_BV &= (mass_before_BV < sampling.top_p[:, None]) | (sampling.top_p >= 1)[:, None]
+    return kept & (_leading(logits, mass, wanted) | (sampling.top_p >= 1)[:, None])
 
-    # All three keep a prefix of the sorted row, so its last token is the whole answer: no scatter.
-    last = jnp.maximum(jnp.sum(keep_BV, axis=-1, keepdims=True), 1) - 1
-    cut = jnp.take_along_axis(sorted_BV, last, axis=-1)
-    cut_id = jnp.take_along_axis(order_BV, last, axis=-1)
-    return (logits > cut) | ((logits == cut) & (ids_BV <= cut_id))
+
+_DIGIT = 4  # bits of a number that `_smallest` finds in one pass
+
+
+def _leading(
+    logits: Float32[Array, "B V"], weight: Float32[Array, "B V"], limit: Float32[Array, "B"]
+) -> Bool[Array, "B V"]:
+    """The tokens before which there is less than `limit`, the most likely first, the smaller id of a tie.
+
+    Sorts nothing: to sort the vocabulary of many rows takes longer than to find the last of these tokens,
+    digit by digit, and on a GPU a sort cannot be part of a graph.
+    """
+    bits = jax.lax.bitcast_convert_type(logits + 0.0, jnp.uint32)  # + 0.0: the two zeros are one
+    key = jnp.where(bits >> 31 == 1, ~bits, bits | np.uint32(1 << 31))  # in the order of the numbers
+    last = _smallest(key, weight, limit, bits=32)[:, None]
+    # Of the tokens that are as likely as the last one it is again so many, by their ids.
+    place = jnp.arange(logits.shape[-1], 0, -1, dtype=jnp.uint32)
+    tied = jnp.where(key == last, place, jnp.where(key > last, np.uint32(2**32 - 1), 0))
+    return tied >= _smallest(tied, weight, limit, bits=logits.shape[-1].bit_length())[:, None]
+
+
+def _smallest(
+    key: UInt32[Array, "B V"], weight: Float32[Array, "B V"], limit: Float32[Array, "B"], bits: int
+) -> UInt32[Array, "B"]:
+    """The smallest number, of so many bits, above which keys weigh less than `limit`."""
+
+    def above(*numbers: UInt32[Array, "B"]) -> tuple[Float32[Array, "B"], ...]:
+        """What the keys above each of them weigh, in one pass."""
+        heavy = tuple(jnp.where(key > number[:, None], weight, 0) for number in numbers)
+        return jax.lax.reduce(heavy, (np.float32(0),) * len(heavy), _add, (1,))
+
+    def next_digit(number, found: UInt32[Array, "B"]) -> UInt32[Array, "B"]:
+        """Of the largest number above which they do not. However rounded, fewer weights are never more."""
+        shift = jnp.uint32(_DIGIT * (digits - 1 - number))
+        sums = above(*(found + (jnp.uint32(digit) << shift) for digit in range(1, 2**_DIGIT)))
+        return found + (sum((each >= limit).astype(jnp.uint32) for each in sums) << shift)
+
+    none, digits = jnp.zeros(key.shape[:1], jnp.uint32), -(-bits // _DIGIT)
+    # On a GPU each turn of a loop costs as much as its work; on a CPU only compiling it would.
+    found = jax.lax.fori_loop(0, digits, next_digit, none, unroll=current_target().vendor != "cpu")
+    return jnp.where(above(none)[0] >= limit, found + 1, 0)
+
+
+def _add(sums, more):
+    return tuple(map(jnp.add, sums, more))
 
 
 # What a row's random numbers are for; each purpose has a stream of its own.

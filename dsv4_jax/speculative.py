@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int32
 
-from dsv4_jax.sampling import SamplingArrays, draw, if_greedy, most_likely, truncated_logits, uniform
+from dsv4_jax.sampling import SamplingArrays, all_greedy, draw, most_likely, truncated_logits, uniform
 
 
 def propose(
@@ -30,7 +30,7 @@ def propose(
         drawn_from = truncated_logits(logits, sampling)
         return draw(drawn_from, sampling.seed, step, "draft"), drawn_from
 
-    return if_greedy(sampling, lambda: (most_likely(logits), logits), drawn)
+    return jax.lax.cond(all_greedy(sampling), lambda: (most_likely(logits), logits), drawn)
 
 
 def verify(
@@ -75,7 +75,7 @@ def verify(
         left = jnp.where(fell[:, None], jnp.log(rest), plain)
         return standing, draw(left, sampling.seed, step + standing)
 
-    return if_greedy(sampling, greedy, drawn)
+    return jax.lax.cond(all_greedy(sampling), greedy, drawn)
 
 
 def _leading(holds: jax.Array) -> Int32[Array, " B"]:

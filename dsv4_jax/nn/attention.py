@@ -107,7 +107,7 @@ class Attention(nnx.Module):
         position: Int32[Array, " B"],
         length: Int32[Array, " B"],
     ) -> tuple[Float[Array, "B T Q"] | QuantArray, Float[Array, "B T D"], RecentRows]:
-        """What queries are made of, which the indexer reads too; key-values, and the window with them in it."""
+        """What queries are made of, which the indexer reads too; key-values; the window with them in it."""
         readers = (self.wq_b, self.indexer.wq_b) if self.ratio == 4 else (self.wq_b,)
         formats = {reader.activation for reader in readers}
         q_latent, kv, rows = attention_latents(

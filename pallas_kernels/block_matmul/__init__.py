@@ -13,13 +13,14 @@ from pallas_kernels.target import Target
 MOST_NUMBERS = 2**31  # the kernels' offsets have 32 bits
 
 
-def _mosaic_block_matmul(x, weight, out_dtype, **kwargs):
+def _mosaic_block_matmul(x, weight, out_dtype):
     from pallas_kernels.block_matmul import mosaic, mosaic_config, mosaic_few  # that only a Hopper GPU needs
 
-    shape = mosaic_config.takes(x, weight, out_dtype)
+    shape = mosaic_config.shape_of(x, weight)
     config = mosaic_config.chosen(shape) or mosaic_config.by_rule(shape)
-    module = mosaic_few if isinstance(config, mosaic_config.Few) else mosaic
-    return module.block_matmul(x, weight, out_dtype, config=config, **kwargs)
+    if isinstance(config, mosaic_config.Few):
+        return mosaic_few.block_matmul(x, weight, out_dtype, config=config)
+    return mosaic.block_matmul(x, weight, out_dtype, config=config)
 
 
 def _mosaic_fits(target: Target, x, weight, out_dtype) -> bool:
@@ -27,7 +28,7 @@ def _mosaic_fits(target: Target, x, weight, out_dtype) -> bool:
         return False
     from pallas_kernels.block_matmul import mosaic_config
 
-    return mosaic_config.takes(x, weight, out_dtype) is not None
+    return mosaic_config.takes(x, weight, out_dtype)
 
 
 def _mosaic_is_faster(target: Target, x, weight, out_dtype) -> bool:
@@ -36,7 +37,7 @@ def _mosaic_is_faster(target: Target, x, weight, out_dtype) -> bool:
         return False
     from pallas_kernels.block_matmul import mosaic_config
 
-    return mosaic_config.chosen(mosaic_config.takes(x, weight, out_dtype)) is not None
+    return mosaic_config.chosen(mosaic_config.shape_of(x, weight)) is not None
 
 
 def _triton_block_matmul(*args, **kwargs):

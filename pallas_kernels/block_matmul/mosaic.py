@@ -289,6 +289,7 @@ def _launch(
 ) -> jax.Array:
     """[tokens, rows] in bfloat16. A jit of its own, so that calls of one shape share one lowering."""
     plan = Plan(Shape(x.shape[0], *w.shape), config)
+    swizzled = (plgpu.SwizzleTransform(2 * config.out_columns),)  # pyright: ignore[reportAbstractUsage]
     return plgpu.kernel(
         functools.partial(_kernel, plan),
         out_type=jax.ShapeDtypeStruct((x.shape[0], w.shape[0]), jnp.bfloat16),
@@ -298,7 +299,7 @@ def _launch(
             plgpu.SMEM(
                 (config.consumers, config.slots, HEIGHT, config.out_columns),
                 jnp.bfloat16,
-                transforms=(plgpu.SwizzleTransform(2 * config.out_columns),),
+                transforms=swizzled,
             ),
             plgpu.Barrier(num_arrivals=2, num_barriers=config.stages),
             plgpu.Barrier(num_arrivals=config.consumers, num_barriers=config.stages),

@@ -173,10 +173,12 @@ def tuned() -> dict[tuple[int, int], dict[int, Few | Many | None]]:
     None stands where Triton's kernel is faster. `scripts/bench/block_matmul_mosaic.py` writes the table.
     """
     text = resources.files(__package__).joinpath("tuned_mosaic.json").read_text()
-    kinds = {"few": Few, "many": Many}
+    kinds: dict[str, Any] = {"few": Few, "many": Many}
 
     def config(entry: dict[str, Any] | None) -> Few | Many | None:
-        return entry and kinds[entry["kernel"]](**{k: v for k, v in entry.items() if k != "kernel"})
+        if entry is None:
+            return None
+        return kinds[entry["kernel"]](**{k: v for k, v in entry.items() if k != "kernel"})
 
     return {
         (int(rows), int(columns)): {int(tokens): config(entry) for tokens, entry in entries.items()}
@@ -229,12 +231,17 @@ def many_for(shape: Shape) -> Many:
     return min(possible, key=cost)
 
 
-def takes(x: Any, weight: Any, out_dtype: Any) -> Shape | None:
-    """The shape of a product that the kernels can do: FP8 by FP8, in bfloat16; else None."""
+def takes(x: Any, weight: Any, out_dtype: Any) -> bool:
+    """Whether the kernels can do it: FP8 by FP8, in bfloat16."""
     if not isinstance(x, QuantArray) or not isinstance(weight, QuantArray):
-        return None
-    if x.format != "fp8_token128" or weight.format != "fp8_block128" or weight.ndim != 2:
-        return None
-    shape = Shape(math.prod(x.shape[:-1]), *weight.shape)
-    right_size = shape.columns % BLOCK == 0 and shape.rows % 8 == 0 and min(shape) > 0
-    return shape if right_size and jnp.dtype(out_dtype) == jnp.bfloat16 else None
+        return False
+    right_formats = x.format == "fp8_token128" and weight.format == "fp8_block128" and weight.ndim == 2
+    if not right_formats or jnp.dtype(out_dtype) != jnp.bfloat16:
+        return False
+    shape = shape_of(x, weight)
+    return shape.columns % BLOCK == 0 and shape.rows % 8 == 0 and min(shape) > 0
+
+
+def shape_of(x: QuantArray, weight: QuantArray) -> Shape:
+    rows, columns = weight.shape
+    return Shape(math.prod(x.shape[:-1]), rows, columns)

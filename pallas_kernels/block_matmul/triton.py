@@ -356,6 +356,7 @@ def _launch(
     across = -(-rows // (tile.rows * tile.beside))
     kernel, grid, constants = _kernel(tile, across, tokens, columns, holds, weight.scale.dtype)
     dtype = out_dtype if tile.splits == 1 else jnp.float32
+    sizes: dict[str, Any] = {"M": tokens, "N": rows, "K": columns, "GROUPS": groups, "ROWS": tile.rows}
     parts = triton_call(
         kernel,
         *(x, x_scale, values, weight.scale),
@@ -364,7 +365,8 @@ def _launch(
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         engine=engine,
-        **{"M": tokens, "N": rows, "K": columns, "GROUPS": groups, "ROWS": tile.rows, **constants},
+        **sizes,
+        **constants,
     )
     # XLA adds the parts, always in this order, and whatever comes next may join its kernel.
     return functools.reduce(operator.add, list(parts)).astype(out_dtype)
@@ -372,7 +374,7 @@ def _launch(
 
 def _kernel(
     tile: Tile, across: int, tokens: int, columns: int, holds: Operand, scale_dtype
-) -> tuple[Any, tuple[int, int], dict[str, int]]:
+) -> tuple[Any, tuple[int, int], dict[str, Any]]:
     """The kernel a tile is for, its grid, and the constants that only it has."""
     if tile.tokens == 1:
         return _streamed, (across, tokens), {"WIDTH": 1 << (columns - 1).bit_length()}

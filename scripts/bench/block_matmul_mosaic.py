@@ -74,9 +74,9 @@ def configs(case: Case, arguments: argparse.Namespace) -> list[Config]:
     return list(dict.fromkeys(each for each in found if each))
 
 
-def rivals(shape: Shape) -> list[Config]:
+def rivals(shape: Shape) -> list[Few | Many]:
     """That keep most multiprocessors busy, and do not need far more rounds of programs than others."""
-    found: list[Config] = []
+    found: list[Few | Many] = []
     for rows, splits, beside, blocks, resident in CUTS if shape.tokens <= 128 else []:
         for tokens in {8, 32, 64, 128} if shape.tokens == 128 else {max(8, shape.tokens)}:
             programs = -(-shape.rows // rows) * -(-shape.tokens // tokens) * splits

@@ -4,8 +4,9 @@
 The released 43 or 61 layers do not fit one GPU, so a model of a few layers of each kind (SWA, CSA, HCA) is
 measured. The time of all is that of these few plus, for each layer that lacks, the time of one of its kind,
 from a program of nothing but such layers; the row says so. A step is the engine's: layers, head, the choice
-of the next token, drafts. Programs are started one after another without waiting; a step's caches are donated.
-Prefills are read in pieces, as the engine reads them, and end with the logits of the last token.
+of the next token, drafts. As in the engine, a program takes several steps (`--steps-at-once`), and is started
+without waiting for the one before; what is told is the time of one step. Caches are donated. Prefills are
+read in pieces, as the engine reads them, and end with the logits of the last token.
 
 Drafts: a step of k drafts reads 1 + k tokens a sequence and drafts k again. Made-up drafts never stand, which
 costs the same; a row gives the tokens per second if none stands and if all do.
@@ -47,10 +48,10 @@ from harness import facts, median_us, save
 from made_up import made_up_like, made_up_params
 from profile_kernels import kernel_times, print_kernel_times
 
-from dsv4_jax.cache import make_cache
+from dsv4_jax.cache import LayerCache, make_cache
 from dsv4_jax.config import PRESETS, Config
-from dsv4_jax.decode import Caches, Models, Requests, Sequences, step
-from dsv4_jax.engine import PIECES
+from dsv4_jax.decode import Caches, Models, Requests, Sequences, steps
+from dsv4_jax.engine import PIECES, STEPS_ON_GPU
 from dsv4_jax.model import bind, declare, run_block
 from dsv4_jax.mtp import bind_mtp, make_mtp_cache
 from dsv4_jax.numerics import OFFICIAL
@@ -60,7 +61,7 @@ from pallas_kernels.dispatch import choose
 KINDS = {"SWA": 0, "CSA": 4, "HCA": 128}
 CASES = ("decode B=1 ctx=32k", "decode B=32 ctx=32k", "decode B=128 ctx=32k", "prefill 4k")
 STAGGER = 128  # sequences stand at so many different positions, so that not all complete an entry at once
-ROOM = 1024  # tokens of the caches beyond the context: more than are generated here
+ROOM = 128  # tokens of the caches beyond the context: more than one program generates
 MEASURE_S = 0.15  # about how long one of the three measurements of a program is to take
 TRACED_CALLS = 3
 
@@ -175,6 +176,7 @@ class Work:
       advance: from these and a state, which it may reuse, a result and the next state.
       state: makes the first state; also traced, for its shapes.
       calls: of `advance`, that make one run: the pieces of a prefill.
+      steps: decode steps that a run takes.
       finish: makes a run's last result into its logits; None: that is all.
     """
 
@@ -184,6 +186,7 @@ class Work:
     advance: Callable[[Any, State], tuple[Any, State]]
     state: Callable[[], State]
     calls: int = 1
+    steps: int = 1
     finish: Callable[[Any, Any], Any] | None = None
 
     @property
@@ -191,29 +194,34 @@ class Work:
         return f"{self.kind} {self.case.of_layer}"
 
 
-def works(model: Model, case: Case, piece: int) -> list[Work]:
-    """The whole model, and its layers of each kind."""
-    whole = _decode_step(model, case) if case.mode == "decode" else _prefill(model, case, piece)
-    return [whole, *(_layers(model, case, kind, piece) for kind in model.kinds)]
+def works(model: Model, case: Case, piece: int, count: int) -> list[Work]:
+    """The whole model, and its layers of each kind; `count` steps at once."""
+    if case.mode == "decode":
+        return [
+            _decode_steps(model, case, count),
+            *(_layer_steps(model, case, kind, count) for kind in model.kinds),
+        ]
+    return [_prefill(model, case, piece), *(_layer_prefill(model, case, kind, piece) for kind in model.kinds)]
 
 
-def _decode_step(model: Model, case: Case) -> Work:
+def _decode_steps(model: Model, case: Case, count: int) -> Work:
     config, drafts = model.config, case.drafts
 
     def advance(params: Any, state: State) -> tuple[Any, State]:
         main, mtp = params
         models = Models(bind(config, OFFICIAL, main), bind_mtp(config, OFFICIAL, mtp) if drafts else None)
-        added, sequences = step(models, state["requests"], state["sequences"], config.eos_token_id)
-        return added.logprobs, state | {"sequences": sequences}
+        # Every run begins where the first one did, and so needs no more room.
+        start = dataclasses.replace(state["sequences"], position=_positions(case))
+        most = state["most"]
+        added, after = steps(models, state["requests"], start, config.eos_token_id, state["forced"], most)
+        return added.logprobs, state | {"sequences": after}
 
     def state() -> State:
         sizes = {"batch": case.batch, "max_len": case.context + ROOM, "max_draft": drafts}
-        # Every row is told its tokens, so that all rows read different ones and experts stay random.
-        tokens = _tokens(config, case.batch)
         greedy = SamplingArrays.stack([SamplingParams(temperature=0.0)] * case.batch)
         endless = jnp.full(case.batch, 2**30), jnp.zeros(case.batch, bool)
         sequences = Sequences(
-            token=tokens,
+            token=_tokens(config, case.batch),
             position=_positions(case),
             drafts=_tokens(config, case.batch, drafts),
             drawn_from=jnp.zeros((case.batch, drafts, config.vocab_size), jnp.float32),
@@ -226,10 +234,12 @@ def _decode_step(model: Model, case: Case) -> Work:
                 )
             ),
         )
-        return {"requests": Requests(greedy, *endless, forced=tokens + 0), "sequences": sequences}
+        # Every row is told its tokens, so that all rows read different ones and experts stay random.
+        told = {"forced": _tokens(config, count, case.batch), "most": jnp.int32(count)}
+        return {"requests": Requests(greedy, *endless), "sequences": sequences} | told
 
     mtp_params = model.mtp_params if drafts else None
-    return Work(case, "model", (model.params, mtp_params), advance, state)
+    return Work(case, "model", (model.params, mtp_params), advance, state, steps=count)
 
 
 def _prefill(model: Model, case: Case, piece: int) -> Work:
@@ -253,42 +263,76 @@ def _prefill(model: Model, case: Case, piece: int) -> Work:
             "caches": _made_up_caches(lambda: make_cache(config, OFFICIAL, batch=1, max_len=case.context)),
         }
 
-    return Work(case, "model", model.params, advance, state, calls, finish)
+    return Work(case, "model", model.params, advance, state, calls, finish=finish)
 
 
-def _layers(model: Model, case: Case, kind: str, piece: int) -> Work:
-    """The layers of one kind, one after the other, on streams that stay as they are."""
-    config, ratio, prefill = model.config, KINDS[kind], case.mode == "prefill"
-    places = [place for place, each in enumerate(config.main_ratios) if each == ratio]
-    tokens = piece if prefill else 1 + case.drafts
-    calls = -(-case.context // piece) if prefill else 1
+def _layer_steps(model: Model, case: Case, kind: str, count: int) -> Work:
+    """Decode steps of the layers of one kind, each on what the one before left."""
+    places, tokens = _places(model, kind), 1 + case.drafts
 
     def advance(params: Any, state: State) -> tuple[Any, State]:
-        streams, ids, position = state["streams"], state["ids"], state["position"]
-        length = jnp.minimum(tokens, case.context - position) if prefill else jnp.full_like(position, tokens)
-        caches = []
-        for place, layer, cache in zip(places, params, state["caches"], strict=True):
-            block = nnx.merge(nnx.split(declare(config, OFFICIAL).layers[place])[0], layer)
-            streams, cache = run_block(block, streams, ids, position, length, cache)
-            caches.append(cache)
-        following = (position + piece) % (calls * piece) if prefill else position + 1
-        return streams, state | {"position": following, "caches": caches}
+        def one(number, carry):
+            streams, caches = carry
+            position = _positions(case) + number
+            now = state | {"streams": streams, "caches": caches}
+            return _run_layers(model, places, params, now, position, jnp.full_like(position, tokens))
+
+        streams, caches = jax.lax.fori_loop(0, count, one, (state["streams"], state["caches"]))
+        return streams, state | {"caches": caches}
 
     def state() -> State:
-        max_len, max_draft = (case.context, 0) if prefill else (case.context + ROOM, case.drafts)
-        shape = case.batch, tokens, config.hc_mult, config.hidden_size
-        sizes = {"batch": case.batch, "max_len": max_len, "max_draft": max_draft}
-        return {
-            "streams": made_up_like(jax.ShapeDtypeStruct(shape, jnp.dtype(OFFICIAL.dtype))),
-            "ids": _tokens(config, case.batch, tokens),
-            "position": jnp.zeros(1, jnp.int32) if prefill else _positions(case),
-            "caches": _made_up_caches(
-                lambda: [make_cache(config, OFFICIAL, **sizes)[each] for each in places]
-            ),
-        }
+        sizes = {"batch": case.batch, "max_len": case.context + ROOM, "max_draft": case.drafts}
+        return _layer_state(model, places, case.batch, tokens, sizes)
 
-    params = [model.params["layers"][place] for place in places]
-    return Work(case, kind, params, advance, state, calls)
+    return Work(case, kind, [model.params["layers"][place] for place in places], advance, state, steps=count)
+
+
+def _layer_prefill(model: Model, case: Case, kind: str, piece: int) -> Work:
+    """All pieces of a prompt through the layers of one kind, each on the same streams."""
+    places, calls = _places(model, kind), -(-case.context // piece)
+
+    def advance(params: Any, state: State) -> tuple[Any, State]:
+        position = state["position"]
+        length = jnp.minimum(piece, case.context - position)
+        streams, caches = _run_layers(model, places, params, state, position, length)
+        return streams, state | {"position": (position + piece) % (calls * piece), "caches": caches}
+
+    def state() -> State:
+        made = _layer_state(model, places, 1, piece, {"batch": 1, "max_len": case.context})
+        return made | {"position": jnp.zeros(1, jnp.int32)}
+
+    return Work(case, kind, [model.params["layers"][place] for place in places], advance, state, calls)
+
+
+def _places(model: Model, kind: str) -> list[int]:
+    return [place for place, ratio in enumerate(model.config.main_ratios) if ratio == KINDS[kind]]
+
+
+def _run_layers(
+    model: Model, places: list[int], params: Any, state: State, position, length
+) -> tuple[Any, list]:
+    """The layers at these places, one after the other: streams and caches."""
+    streams, caches = state["streams"], []
+    for place, layer, cache in zip(places, params, state["caches"], strict=True):
+        block = nnx.merge(nnx.split(declare(model.config, OFFICIAL).layers[place])[0], layer)
+        streams, cache = run_block(block, streams, state["ids"], position, length, cache)
+        caches.append(cache)
+    return streams, caches
+
+
+def _layer_state(model: Model, places: list[int], batch: int, tokens: int, sizes: dict[str, int]) -> State:
+    config = model.config
+    shape = batch, tokens, config.hc_mult, config.hidden_size
+
+    def caches() -> list[LayerCache]:
+        every = make_cache(config, OFFICIAL, **sizes)
+        return [every[place] for place in places]
+
+    return {
+        "streams": made_up_like(jax.ShapeDtypeStruct(shape, jnp.dtype(OFFICIAL.dtype))),
+        "ids": _tokens(config, batch, tokens),
+        "caches": _made_up_caches(caches),
+    }
 
 
 def _tokens(config: Config, *shape: int) -> jax.Array:
@@ -363,7 +407,7 @@ HLO_BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "f8e4m3fn": 1, "
 def copied_bytes(hlo: str) -> int:
     """Bytes that a compiled program's plain copies write; of a cache that is donated there are to be none."""
     total = 0
-    for dtype, shape in re.findall(r"= \(?(\w+)\[([\d,]*)\]\S* copy(?:-start)?\(", hlo):
+    for dtype, shape in re.findall(r"= \(?(\w+)\[([\d,]*)\][^=\n]* copy(?:-start)?\(", hlo):
         total += HLO_BYTES.get(dtype, 8) * int(np.prod([int(size) for size in shape.split(",") if size]))
     return total
 
@@ -384,10 +428,11 @@ class Runner:
 
 
 def measure(work: Work, prepared: Prepared, profile: bool) -> dict[str, float]:
-    """Microseconds of one run, and where they go.
+    """Microseconds of a step, or of a prefill, and where they go.
 
-    `us` is of runs that are started without waiting; `us_host` is how long starting one takes, within `us`;
-    `us_kernels` adds up what kernels take by themselves, and there are `launches` of them.
+    `us` is of runs that are started without waiting; `us_host` is how long starting them takes, within `us`;
+    `us_kernels` adds up what kernels take by themselves, and there are `launches` of them. The first run, in
+    seconds, is a run of all steps.
 
     Raises:
       ArithmeticError: what comes out is not finite.
@@ -399,16 +444,16 @@ def measure(work: Work, prepared: Prepared, profile: bool) -> dict[str, float]:
     if not all(np.isfinite(np.asarray(leaf, np.float32)).all() for leaf in jax.tree.leaves(result)):
         raise ArithmeticError("what comes out is not finite")
     once = median_us(run, repeats=1)
-    inner = int(np.clip(MEASURE_S * 1e6 / once, 1, 50))
-    us = median_us(run, repeats=3, inner=inner)
+    inner = int(np.clip(MEASURE_S * 1e6 / once, 2, 50))
+    us = median_us(run, repeats=3, inner=inner) / work.steps
 
     begin = time.perf_counter()
     results = [run() for _ in range(inner)]
-    us_host = (time.perf_counter() - begin) / inner * 1e6
+    us_host = (time.perf_counter() - begin) / inner / work.steps * 1e6
     jax.block_until_ready(results)
 
-    traced = min(inner, TRACED_CALLS)
-    kernels = kernel_times(lambda: [run() for _ in range(traced)], traced)
+    traced = 1 if work.steps > 1 else min(inner, TRACED_CALLS)
+    kernels = kernel_times(lambda: [run() for _ in range(traced)], traced * work.steps)
     if profile:
         print_kernel_times(work.name, kernels, most=30)
     return {
@@ -545,7 +590,7 @@ def main(arguments: list[str] | None = None) -> int:
         jobs = [
             (work, pool.submit(budget.prepare, work, options.implementation))
             for case in cases
-            for work in works(model, case, min(options.piece, case.context))
+            for work in works(model, case, min(options.piece, case.context), options.steps_at_once)
             if work.kind in options.kinds and budget.fits(work, planned_bytes(work))
         ]
     print(f"# compiled; {budget.passed:.0f} s", flush=True)
@@ -555,9 +600,10 @@ def main(arguments: list[str] | None = None) -> int:
         of_case = [job for job in jobs if job[0].case == case]
         rows, failed = measure_case(model, case, of_case, budget, options.profile)
         wrong += failed
-        more = here | ({"piece": min(options.piece, case.context)} if case.mode == "prefill" else {})
+        prefill = case.mode == "prefill"
+        more = {"piece": min(options.piece, case.context)} if prefill else {"steps": options.steps_at_once}
         if options.results:
-            save([rounded(row) | more for row in rows], options.results)
+            save([rounded(row) | here | more for row in rows], options.results)
     peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
     print(f"# done; {budget.passed:.0f} s, peak {peak / 1e9:.1f} GB", flush=True)
     return 1 if wrong else 0
@@ -579,6 +625,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--piece", type=int, default=PIECES[-1], help="tokens of a prompt that are read at once"
     )
+    parser.add_argument("--steps-at-once", type=int, default=STEPS_ON_GPU, help="decode steps of one program")
     parser.add_argument("--implementation", help="as the command line's option; by default the fastest")
     parser.add_argument("--seconds", type=float, default=85, help="begin no new case after so long")
     parser.add_argument(

@@ -32,10 +32,10 @@ GROUPS = {
 INTRODUCTION = """# Benchmarks
 
 Written by `scripts/bench/render.py` from `scripts/bench/results/*.json` and `scripts/bench/targets.json`; do
-not edit. Times are microseconds of one call; those of kernels are of many calls in one program, caches cold, in short
-runs where the row also has a sustained time, else under load that lasts,
-those of layers and models of programs that are started without waiting (`decode.py`, which also says how all
-layers follow from the few that fit).
+not edit. Times are microseconds of one call; those of kernels are of many calls in one program, caches cold,
+in short runs where the row also has a sustained time, else under load that lasts. Those of layers and models
+are of programs that are started without waiting (`decode.py`, which also says how all layers follow from the
+few that fit).
 The *floor* is the longer of moving every byte once and doing the arithmetic at the chip's rate. *Peers* are
 other projects' kernels, measured by us at the same shape on the same kind of machine unless they are called
 published. *Ours* is the fastest implementation that has a row. The *error* is relative to the definition in

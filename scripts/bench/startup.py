@@ -120,7 +120,7 @@ def compile_step(name: str, case: str) -> dict[str, Any]:
         for place, ratio in enumerate(few.whole.main_ratios)
     }
     whole = dataclasses.replace(few, config=few.whole, params=shapes | {"layers": layers})
-    work = works(whole, parsed, piece=512)[0]
+    work = works(whole, parsed, piece=512, count=8)[0]
     made = time.perf_counter()
     prepared = prepare(work, None)
     return {

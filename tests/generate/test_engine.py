@@ -28,9 +28,17 @@ def started(loaded: LoadedModel, draft_tokens: int, **more) -> Engine:
     return Engine(loaded, numerics=PLAIN, draft_tokens=draft_tokens, **sizes)
 
 
-@pytest.fixture(scope="module", params=[0, 2], ids="k={}".format)
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param((0, 1), id="k=0"),
+        pytest.param((2, 4), id="k=2, four steps at once"),
+        *[pytest.param((k, 8), id=f"k={k} on a GPU", marks=pytest.mark.gpu) for k in (0, 2)],
+    ],
+)
 def engine(tiny_fp4, shallow, request) -> Engine:
-    made = started(shallow(tiny_fp4.loaded), request.param)
+    draft_tokens, steps_at_once = request.param
+    made = started(shallow(tiny_fp4.loaded), draft_tokens, steps_at_once=steps_at_once)
     made.warm_up()
     return made
 
@@ -103,6 +111,24 @@ def test_the_engine_says_what_generate_says(engine):
     llm = LLM(engine.model, numerics=PLAIN)
     expected = llm.generate([ids for ids, _ in requests], [sampling for _, sampling in requests])
     assert [found[number][0] for number in numbers] == [each.token_ids for each in expected]
+
+
+def test_a_request_that_is_told_its_tokens_gets_them(engine):
+    ids, greedy = [3, 4, 5], SamplingParams(max_tokens=11, temperature=0.0, ignore_eos=True)
+    number = engine.add(ids, greedy)
+    tokens, logprobs, _ = answers(engine)[number]
+
+    told = engine.add(ids, greedy, forced=tokens)
+    other = engine.add(ids, greedy, forced=[(token + 1) % 512 for token in tokens])
+    free = engine.add(ids, greedy)  # beside those
+    found = answers(engine)
+
+    assert found[free] == (tokens, logprobs, "length")
+    assert found[told][0] == tokens
+    np.testing.assert_allclose(
+        found[told][1], logprobs, atol=1e-4
+    )  # where drafts stood, more were read at once
+    assert found[other][0] == [(token + 1) % 512 for token in tokens]
 
 
 def test_a_cancelled_request_ends_and_the_others_go_on(engine):

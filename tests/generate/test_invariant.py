@@ -100,10 +100,10 @@ def test_a_full_batch_a_kept_beginning_and_drafts_change_no_bit(start, alone, mo
         drafts = jnp.where(jnp.arange(k) < ((seed + count) % (k + 1))[:, None], right, wrong)
         return drafts, jnp.zeros((*drafts.shape, vocab)), sequences.caches.head
 
-    programs = engine_module._begin, engine_module._advance
+    programs = engine_module._begin, engine_module._steps
     monkeypatch.setattr(decode, "_draft", draft)
     drafting = start(3, prefix_bytes=2**26)
-    before = engine_module._read._cache_size(), engine_module._read_prompt._cache_size()
+    before = engine_module._read_prompt._cache_size()
 
     try:
         for backwards in (1, -1):  # the second time they are in other slots, and their beginnings are there
@@ -115,8 +115,7 @@ def test_a_full_batch_a_kept_beginning_and_drafts_change_no_bit(start, alone, mo
             program.clear_cache()  # they were traced with the drafts from above
 
     assert drafting.prefix_hits >= 4
-    after = engine_module._read._cache_size(), engine_module._read_prompt._cache_size()
-    assert after == before  # the very same programs have read
+    assert engine_module._read_prompt._cache_size() == before  # the very same program has read
 
 
 def test_a_score_is_what_generation_reported_also_with_drafts(loaded, alone):
@@ -184,9 +183,16 @@ def test_more_drafts_than_the_caches_have_room_for_are_refused(loaded, start):
         written(loaded, [[1]], 1, 5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("slots", [1, 4])
-@pytest.mark.parametrize("name", ["tiny-fp4", "tiny-fp8"])
+WHOLE = [(name, slots) for name in ("tiny-fp4", "tiny-fp8") for slots in (1, 4)]
+
+
+@pytest.mark.parametrize(
+    ("name", "slots"),
+    [
+        *[pytest.param(*each, marks=pytest.mark.slow) for each in WHOLE],
+        *[pytest.param(*each, marks=pytest.mark.gpu, id=f"{each} on a GPU") for each in WHOLE[1:3]],
+    ],
+)
 def test_whole_models_with_any_number_of_drafts(load_golden, monkeypatch, name, slots):
     monkeypatch.setattr(engine_module, "INVARIANT_PIECE", 512)
     jax.clear_caches()  # a process maps only so many pieces of compiled programs
@@ -203,7 +209,8 @@ def test_whole_models_with_any_number_of_drafts(load_golden, monkeypatch, name, 
     expected, default = found(0, invariant=True), found(0, invariant=False)
     for k in (1, 2, 3, 4):
         assert found(k, invariant=True) == expected
-    assert found(4, invariant=False) != default  # what the mode is for
+    if jax.default_backend() == "cpu":  # what the mode is for; kernels of a GPU may need it less
+        assert found(4, invariant=False) != default
 
     rows = [ids[:90] for ids, _ in asked[:slots]]
     assert written(loaded, rows, 90, 4) == written(loaded, rows, 100, 0)

@@ -145,7 +145,13 @@ def plain(tiny_fp4) -> Generation:
 
 
 @pytest.mark.parametrize(
-    "k", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow), 4]
+    "k",
+    [
+        1,
+        4,
+        *[pytest.param(k, marks=pytest.mark.slow) for k in (2, 3)],
+        *[pytest.param(k, marks=pytest.mark.gpu, id=f"{k} on a GPU") for k in (1, 2, 3, 4)],
+    ],
 )
 def test_the_heads_own_drafts_leave_greedy_tokens_as_they_are(tiny_fp4, plain, k):
     found = written(tiny_fp4.loaded, LENGTHS, asked(4, 20), k, 20)
@@ -174,10 +180,20 @@ def oracle(plain_tokens: jax.Array, shift: jax.Array):
     return draft
 
 
-def test_drafts_that_fall_leave_no_trace_wherever_they_stood(tiny_fp4, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "first", "k"),
+    [
+        ("tiny-fp4", 130, 4),  # past the window's end, so its ring has come round
+        *[pytest.param("tiny-fp4", 1, k, marks=pytest.mark.slow) for k in (1, 2, 3, 4)],
+        *[pytest.param("tiny-fp8", 130, k, marks=pytest.mark.slow) for k in (1, 2, 3, 4)],
+        *[pytest.param("tiny-fp8", 1, k, marks=pytest.mark.slow) for k in (1, 4)],
+        *[pytest.param("tiny-fp4", 130, k, marks=pytest.mark.gpu, id=f"{k} on a GPU") for k in (2, 4)],
+    ],
+)
+def test_drafts_that_fall_leave_no_trace_wherever_they_stood(load_golden, monkeypatch, name, first, k):
     """Every offset within a window and an entry of either ratio, by every number of drafts that stand."""
-    k, new, loaded = 4, 9, tiny_fp4.loaded
-    lengths = np.arange(130, 258, dtype=np.int32)  # past the window's end, so its ring has come round
+    new, loaded = 9, load_golden(name).loaded
+    lengths = np.arange(first, first + 128, dtype=np.int32)
     requests, ids = asked(len(lengths), new), prompts(loaded.config.vocab_size, lengths)
     config, max_len = loaded.config, int(lengths.max()) + new
 

@@ -23,6 +23,7 @@ plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
 mosaic = pytest.importorskip("pallas_kernels.sparse_attention.mosaic")
 mosaic_kernel = pytest.importorskip("pallas_kernels.sparse_attention.mosaic_kernel")
 ptx = pytest.importorskip("pallas_kernels.sparse_attention.mosaic_ptx")
+texts = pytest.importorskip("pallas_kernels.sparse_attention.mosaic_texts")
 # The interpreter's barriers block threads of JAX's pool, which has one for each core: with few, all do.
 os.environ.setdefault("NPROC", "32")
 
@@ -238,10 +239,10 @@ def test_codes_become_numbers_where_the_tensor_core_looks_for_them(early):
     for half in range(2):
         row = index[thread // 4 + 32 * half].view(np.uint32)
         more |= {"row": row, "block": np.full(128, block, np.uint32)}
-        warpgroup.run(ptx.raw_text(sizes), addresses | more)
-        held = {f"raw{n}": warpgroup.registers[f"$result{n}"] for n in range(ptx.RAW)}
+        warpgroup.run(texts.raw_text(sizes), addresses | more)
+        held = {f"raw{n}": warpgroup.registers[f"$result{n}"] for n in range(texts.RAW)}
         at = {"tile": np.zeros(128, np.uint64), "starts": np.full(128, KEYS * 1024, np.uint64)}
-        warpgroup.run(ptx.decode_text(half), held | at | more)
+        warpgroup.run(texts.decode_text(half), held | at | more)
 
     codes, scale = (each[1][np.clip(index, 0, slots[1] - 1)] for each in kvs[1])
     numbers = decode_rows(QuantKV(codes.view(jnp.float8_e4m3fn), scale, np.zeros((KEYS, 64), jnp.bfloat16)))
