@@ -20,18 +20,32 @@ def _run_triton(*args, **kwargs):
     return triton.expert_mlp(*args, **kwargs)
 
 
-def _run_mosaic(*args, **kwargs):
+def _run_few(*args, **kwargs):
     from pallas_kernels.expert_mlp import mosaic
 
-    return mosaic.expert_mlp(*args, **kwargs)
+    return mosaic.few_tokens(*args, **kwargs)
 
 
-def _mosaic_fits(target: Target, *args) -> bool:
-    if target.arch != "sm_90" or not _triton_fits(target, *args):
+def _run_many(*args, **kwargs):
+    from pallas_kernels.expert_mlp import mosaic
+
+    return mosaic.many_tokens(*args, **kwargs)
+
+
+def _few_fits(target: Target, *args) -> bool:
+    if target.arch != "sm_90":
         return False
     from pallas_kernels.expert_mlp import mosaic
 
-    return mosaic.fits(target, *args)
+    return mosaic.few_fits(target, *args)
+
+
+def _many_fits(target: Target, *args) -> bool:
+    if target.arch != "sm_90":
+        return False
+    from pallas_kernels.expert_mlp import mosaic
+
+    return mosaic.many_fits(target, *args)
 
 
 def _triton_fits(target: Target, x, experts, weights, w1, w2, w3, limit, activation) -> bool:
@@ -40,7 +54,8 @@ def _triton_fits(target: Target, x, experts, weights, w1, w2, w3, limit, activat
 
 
 IMPLEMENTATIONS = (
-    Implementation("mosaic", _run_mosaic, fits=_mosaic_fits),
+    Implementation("mosaic", _run_few, fits=_few_fits),
+    Implementation("mosaic", _run_many, fits=_many_fits, proven=False),
     Implementation("triton", _run_triton, fits=_triton_fits),
     Implementation("reference", reference.expert_mlp),
 )

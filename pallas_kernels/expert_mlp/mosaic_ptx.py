@@ -10,11 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pallas_kernels.expert_mlp.mosaic_config import BLOCK, HEIGHT, Config
+from pallas_kernels.expert_mlp.mosaic_config import BLOCK, HEIGHT, Config, FewConfig
 from pallas_kernels.expert_mlp.tiles import TILE_BYTES
 from pallas_kernels.formats import FORMATS
-
-HALF_CODES, HALF_MULTIPLIERS = HEIGHT * 64, HEIGHT * 4  # bytes of half of a tile's rows
 
 
 def _hexadecimal(number: float) -> str:
@@ -61,18 +59,14 @@ class _Piece(NamedTuple):
         return f"a{self.block}{self.wave}"
 
 
-def _decode_ptx(config: Config, piece: _Piece) -> list[str]:
+def _decode_ptx(config: Config | FewConfig, piece: _Piece) -> list[str]:
     """A piece's operand. Of four registers the first two are rows t and t + 8 in columns 4q to 4q + 3, in the
     order of the tiles, the other two the same rows 16 columns further on.
     """
-    tile = piece.block * TILE_BYTES
-    lines = [
-        f"ld.shared.u16 shares, [$multipliers+{tile + piece.wave * HALF_MULTIPLIERS}];",
-        *_table_ptx(),
-    ]
+    tile = (piece.wave * config.blocks + piece.block) * TILE_BYTES
+    lines = [f"ld.shared.u16 shares, [$multipliers+{tile}];", *_table_ptx()]
     for half in range(2):  # of the columns
-        at = tile + piece.wave * HALF_CODES + 512 * half
-        lines.append(f"ld.shared.v4.b32 {{w0, w1, w2, w3}}, [$codes+{at}];")
+        lines.append(f"ld.shared.v4.b32 {{w0, w1, w2, w3}}, [$codes+{tile + 512 * half}];")
         for word in range(4):
             step, h = divmod(word, 2)
             registers = [f"{piece.operand}_{8 * half + 4 * step + h + 2 * j}" for j in range(2)]
@@ -83,51 +77,51 @@ def _decode_ptx(config: Config, piece: _Piece) -> list[str]:
     return lines
 
 
-def _issue_ptx(config: Config, piece: _Piece, part: str) -> list[str]:
+def _issue_ptx(config: Config | FewConfig, piece: _Piece, part: str) -> list[str]:
     """Starts a product: four times 32 columns."""
     registers = ", ".join(f"{part}_{n}" for n in range(piece.width // 2))
     # Upper half of a descriptor: 128-byte swizzle; 1024 bytes, in units of 16, from eight rows to the next.
     upper = (1 << 30) | (1024 >> 4)
     lines = [
-        f"add.u32 low, $x, {(piece.block * config.tokens + piece.first) * BLOCK};",
+        f"add.u32 low, $x, {(piece.block * config.places + piece.first) * BLOCK};",
         "bfe.u32 low, low, 4, 14;",
-        f"mov.b64 tokens, {{low, {upper}}};",
         "wgmma.fence.sync.aligned;",
     ]
     for step in range(1 if config.without == "products" else BLOCK // 32):
         operand = ", ".join(f"{piece.operand}_{4 * step + n}" for n in range(4))
         instruction = f"wgmma.mma_async.sync.aligned.m64n{piece.width}k32.f32.e4m3.e4m3"
-        # The first does not add to what the registers hold.
-        lines.append(
-            f"{instruction} {{{registers}}}, {{{operand}}}, tokens, {'more' if step else 'none'}, 1, 1;"
-        )
-        lines.append("add.s64 tokens, tokens, 2;")  # 32 bytes further
+        lines += [
+            # 32 bytes further each. Of 32 bits, for the upper half to stay a constant.
+            f"add.u32 further, low, {2 * step};",
+            f"mov.b64 tokens, {{further, {upper}}};",
+            # The first does not add to what the registers hold.
+            f"{instruction} {{{registers}}}, {{{operand}}}, tokens, {'more' if step else 'none'}, 1, 1;",
+        ]
     return [*lines, "wgmma.commit_group.sync.aligned;"]
 
 
-def _scales_ptx(config: Config, piece: _Piece) -> list[str]:
-    """Registers s0 and on: the scales of a thread's tokens, four of every sixteen."""
-    return [
-        f"ld.shared.v4.f32 {{{', '.join(f's{token // 4 + n}' for n in range(4))}}},"
-        f" [$scales+{(piece.block * config.scales + piece.first + token) * 4}];"
-        for token in range(0, piece.width, 16)
+def _promote_ptx(config: Config | FewConfig, piece: _Piece, part: str, pending: int) -> list[str]:
+    """Waits for a product, and adds it, times the scales of its tokens, to the running sums.
+
+    Registers s0 and on are the scales: of 32 tokens they are there before the product is, of the others they
+    come when its operand needs no registers any more.
+    """
+    place = piece.block * config.scales + piece.first
+    scales = [
+        f"ld.shared.v2.f32 {{s{token // 4}, s{token // 4 + 1}}}, [$scales+{(place + token) * 4}];"
+        for token in range(0, piece.width, 8)
     ]
-
-
-def _promote_ptx(config: Config, piece: _Piece, part: str) -> list[str]:
-    """Adds a finished product, times the scales of its tokens, to the running sums."""
-    lines = []
+    lines = [*scales[:4], f"wgmma.wait_group.sync.aligned {pending};", *scales[4:]]
     for n in range(piece.width // 2):
-        total = f"$sum{(piece.wave * config.tokens + piece.first) // 2 + n}"
-        factor = f"s{n // 8 * 4 + n // 4 % 2 * 2 + n % 2}"
+        total = f"$sum{(piece.wave * config.sums + piece.first) // 2 + n}"
         if config.without != "promotion":
-            lines.append(f"fma.rn.f32 {total}, {part}_{n}, {factor}, {total};")
+            lines.append(f"fma.rn.f32 {total}, {part}_{n}, s{n // 4 * 2 + n % 2}, {total};")
         elif n % 8 == 0:
             lines.append(f"add.f32 {total}, {total}, {part}_{n};")
     return lines
 
 
-def step_ptx(config: Config, widths: tuple[int, ...]) -> str:
+def step_ptx(config: Config | FewConfig, widths: tuple[int, ...]) -> str:
     """A stage: all products of a consumer by the first tokens of a tile, decoding and promotion between them.
 
     Operands: `sum0` and so on, the running sums: for each wave and each eight tokens those of row t for
@@ -144,9 +138,9 @@ def step_ptx(config: Config, widths: tuple[int, ...]) -> str:
     operands = dict.fromkeys(piece.operand for piece in pieces)
     lines = [
         ".reg .pred none, more;",
-        ".reg .b32 w<4>, low, low<2>, high<2>, which, found, shares, share<2>;",
+        ".reg .b32 w<4>, low, further, low<2>, high<2>, which, found, shares, share<2>;",
         ".reg .b64 tokens;",
-        f".reg .f32 s<{-(-max(widths) // 16) * 4}>;",
+        f".reg .f32 s<{max(widths) // 4}>;",
         *(f".reg .b32 {operand}_<16>;" for operand in operands),
         *(f".reg .f32 p{n}_<{max(widths) // 2}>;" for n in range(config.parts)),
         "setp.gt.u32 none, $x, 0xFFFFFF;",  # never, but the assembler would clear registers if it knew
@@ -161,57 +155,61 @@ def step_ptx(config: Config, widths: tuple[int, ...]) -> str:
             lines += _decode_ptx(config, pieces[number + 1])
         if number >= behind:
             done = number - behind
-            lines += _scales_ptx(config, pieces[done])
-            lines.append(f"wgmma.wait_group.sync.aligned {min(behind, len(pieces) - 1 - done)};")
-            lines += _promote_ptx(config, pieces[done], f"p{done % config.parts}")
+            pending = min(behind, len(pieces) - 1 - done)
+            lines += _promote_ptx(config, pieces[done], f"p{done % config.parts}", pending)
     return "\n".join(lines)
 
 
 # --- the way out
 
 
-def _gate_ptx(sums: list[str], shares: int, limit: float) -> list[str]:
-    """Registers o0 and o1: for both eights of sixteen tokens, the inner activations of two tokens."""
-    lines = [f"ld.global.nc.v4.f32 {{s0, s1, s2, s3}}, [$shares+{shares}];"]
+def power_ptx(row: int, exponent: str) -> list[str]:
+    """Register power{row}: the scale of a row of the weight, of its E8M0 byte at `exponent`."""
+    return [
+        f"ld.global.nc.u8 one, [{exponent}];",
+        "max.u32 one, one, 1;",
+        "shl.b32 one, one, 23;",
+        f"mov.b32 power{row}, one;",
+        # It is that of the row's largest group, which has multiplier 11: 2^(11 - 5) too much.
+        f"mul.f32 power{row}, power{row}, 0f3C800000;",
+    ]
+
+
+def gate_ptx(sums: list[str], shares: list[str], out: str, limit: float) -> list[str]:
+    """Register `out`: the inner activations of two tokens, of their gates and ups."""
     most, least = _hexadecimal(limit), _hexadecimal(-limit)
-    for eight in range(2):
-        for name, row in (("gate", 0), ("up", 1)):
-            for n in range(2):
-                lines.append(f"mul.f32 {name}{n}, {sums[4 * eight + 2 * row + n]}, power{row};")
-            lines += [  # through bfloat16
-                f"cvt.rn.bf16x2.f32 both, {name}1, {name}0;",
-                "shl.b32 one, both, 16;",
-                f"mov.b32 {name}0, one;",
-                "and.b32 one, both, 0xFFFF0000;",
-                f"mov.b32 {name}1, one;",
-            ]
-        for n in range(2):
-            lines += [
-                f"min.f32 gate{n}, gate{n}, {most};",
-                f"min.f32 up{n}, up{n}, {most};",
-                f"max.f32 up{n}, up{n}, {least};",
-                f"mul.f32 sigmoid, gate{n}, 0fBFB8AA3B;",  # -log2(e)
-                "ex2.approx.ftz.f32 sigmoid, sigmoid;",
-                "add.f32 sigmoid, sigmoid, 0f3F800000;",
-                "rcp.approx.ftz.f32 sigmoid, sigmoid;",
-                f"mul.f32 gate{n}, gate{n}, sigmoid;",
-                f"mul.f32 gate{n}, gate{n}, up{n};",
-                f"mul.f32 gate{n}, gate{n}, s{2 * eight + n};",
-            ]
-        lines.append(f"cvt.rn.bf16x2.f32 o{eight}, gate1, gate0;")
-    return lines
-
-
-def _scale_ptx(sums: list[str]) -> list[str]:
-    """Registers o0 to o3: for both eights of sixteen tokens, rows t and t + 8 of two tokens."""
     lines = []
-    for n in range(4):
-        first, second = sums[2 * n : 2 * n + 2]
-        lines += [
-            f"mul.f32 gate0, {first}, power{n % 2};",
-            f"mul.f32 gate1, {second}, power{n % 2};",
-            f"cvt.rn.bf16x2.f32 o{n}, gate1, gate0;",
+    for name, row in (("gate", 0), ("up", 1)):
+        lines += [f"mul.f32 {name}{n}, {sums[2 * row + n]}, power{row};" for n in range(2)]
+        lines += [  # through bfloat16
+            f"cvt.rn.bf16x2.f32 both, {name}1, {name}0;",
+            "shl.b32 one, both, 16;",
+            f"mov.b32 {name}0, one;",
+            "and.b32 one, both, 0xFFFF0000;",
+            f"mov.b32 {name}1, one;",
         ]
+    for n in range(2):
+        lines += [
+            f"min.f32 gate{n}, gate{n}, {most};",
+            f"min.f32 up{n}, up{n}, {most};",
+            f"max.f32 up{n}, up{n}, {least};",
+            f"mul.f32 sigmoid, gate{n}, 0fBFB8AA3B;",  # -log2(e)
+            "ex2.approx.ftz.f32 sigmoid, sigmoid;",
+            "add.f32 sigmoid, sigmoid, 0f3F800000;",
+            "rcp.approx.ftz.f32 sigmoid, sigmoid;",
+            f"mul.f32 gate{n}, gate{n}, sigmoid;",
+            f"mul.f32 gate{n}, gate{n}, up{n};",
+            f"mul.f32 gate{n}, gate{n}, {shares[n]};",
+        ]
+    return [*lines, f"cvt.rn.bf16x2.f32 {out}, gate1, gate0;"]
+
+
+def scale_ptx(sums: list[str], outs: list[str]) -> list[str]:
+    """Registers `outs`: rows t and t + 8 of two tokens."""
+    lines = []
+    for row, out in enumerate(outs):
+        lines += [f"mul.f32 gate{n}, {sums[2 * row + n]}, power{row};" for n in range(2)]
+        lines.append(f"cvt.rn.bf16x2.f32 {out}, gate1, gate0;")
     return lines
 
 
@@ -242,44 +240,113 @@ def stage_ptx(config: Config, limit: float | None) -> str:
     lines.append("add.u32 chunk, chunk, $first;")
     for wave in range(config.waves):
         for row in range(2):
-            # The row's scale is that of its largest group, which has multiplier 11: 2^(11 - 5) too much.
-            lines += [
-                f"ld.global.nc.u8 one, [$exponents+{wave * HEIGHT + 8 * row}];",
-                "max.u32 one, one, 1;",
-                "shl.b32 one, one, 23;",
-                f"mov.b32 power{row}, one;",
-                f"mul.f32 power{row}, power{row}, 0f3C800000;",
-            ]
+            lines += power_ptx(row, f"$exponents+{wave * HEIGHT + 8 * row}")
         lines += [
             f"add.u32 at, chunk, {wave * chunks};",
             "xor.b32 at, at, swizzle;",
             "mad.lo.u32 at, at, 16, token;",
         ]
         for first in range(0, config.tokens, 16):
-            sums = [f"$sum{(wave * config.tokens + first) // 2 + n}" for n in range(8)]
-            found = _gate_ptx(sums, first * 4, limit) if limit is not None else _scale_ptx(sums)
-            registers = ", ".join(f"o{n}" for n in range(2 if gated else 4))
-            count = "x2" if gated else "x4"
-            place = f"[at+{first * out_bytes}]"
-            store = f"stmatrix.sync.aligned.m8n8.{count}.trans.shared.b16 {place}, {{{registers}}};"
-            lines += [*found, store]
+            registers = []
+            for eight in range(2):
+                start = (wave * config.tokens + first + 8 * eight) // 2
+                sums = [f"$sum{start + n}" for n in range(4)]
+                if limit is None:
+                    outs = [f"o{2 * eight}", f"o{2 * eight + 1}"]
+                    lines += scale_ptx(sums, outs)
+                else:
+                    outs = [f"o{eight}"]
+                    place = (first + 8 * eight) * 4
+                    lines += [f"ld.global.nc.f32 s{n}, [$shares+{place + n * 4}];" for n in range(2)]
+                    lines += gate_ptx(sums, ["s0", "s1"], outs[0], limit)
+                registers += outs
+            place, count = f"[at+{first * out_bytes}]", len(registers)
+            store = f"stmatrix.sync.aligned.m8n8.x{count}.trans.shared.b16 {place}"
+            lines.append(f"{store}, {{{', '.join(registers)}}};")
     return "\n".join(lines)
+
+
+def quantise_ptx(terms: int = 1) -> list[str]:
+    """A token's block of 128 columns in `fp8_token128`, by eight threads of which each has sixteen.
+
+    Registers v0 to v7, pairs of bfloat16, become o0 to o3, four bytes of E4M3 each, and `most` the bits of
+    the block's scale. With two terms p0 to p3 are what o0 to o3 miss of the numbers, in the same scale: E4M3
+    has four significant bits, bfloat16 eight.
+    """
+    # The largest magnitude: among those, bits of floats are in the order of what they stand for.
+    lines = ["and.b32 most, v0, 0x7FFF7FFF;"]
+    for n in range(1, 8):
+        lines += [f"and.b32 other, v{n}, 0x7FFF7FFF;", "max.u16x2 most, most, other;"]
+    for distance in (1, 2, 4):
+        lines += [
+            f"shfl.sync.bfly.b32 other, most, {distance}, 31, 0xFFFFFFFF;",
+            "max.u16x2 most, most, other;",
+        ]
+    lines += [
+        "shl.b32 other, most, 16;",
+        "and.b32 most, most, 0xFFFF0000;",
+        "max.u32 most, most, other;",
+        f"max.u32 most, most, 0x{np.float32(FORMATS['fp8_token128'].floor).view(np.uint32):08X};",
+        "setp.ge.u32 infinite, most, 0x7F800000;",
+        # The smallest power of two by which the largest is at most 448 = 1.75 * 2^8. The definition asks for
+        # one that is at least the rounded quotient: the same for numbers of eight significant bits.
+        "add.u32 most, most, 0x1FFFFF;",
+        "shr.u32 most, most, 23;",
+        "sub.u32 most, most, 8;",
+        "sub.u32 inverse, 254, most;",
+        "shl.b32 inverse, inverse, 23;",
+        "mov.b32 factor, inverse;",
+        "shl.b32 most, most, 23;",
+        "selp.b32 most, 0x7FC00000, most, infinite;",
+    ]
+    for q in range(4):
+        for half in range(2):
+            lines += [
+                f"shl.b32 other, v{2 * q + half}, 16;",
+                "mov.b32 first, other;",
+                f"and.b32 other, v{2 * q + half}, 0xFFFF0000;",
+                "mov.b32 second, other;",
+                "mul.f32 first, first, factor;",
+                "mul.f32 second, second, factor;",
+                f"cvt.rn.satfinite.e4m3x2.f32 pair{half}, second, first;",
+            ]
+            if terms == 2:
+                lines += [
+                    f"cvt.rn.f16x2.e4m3x2 other, pair{half};",
+                    "mov.b32 {low, high}, other;",
+                    "cvt.f32.f16 rounded, low;",
+                    "sub.f32 first, first, rounded;",
+                    "cvt.f32.f16 rounded, high;",
+                    "sub.f32 second, second, rounded;",
+                    f"cvt.rn.satfinite.e4m3x2.f32 rest{half}, second, first;",
+                ]
+        lines.append(f"mov.b32 o{q}, {{pair0, pair1}};")
+        if terms == 2:
+            lines.append(f"mov.b32 p{q}, {{rest0, rest1}};")
+    return lines
+
+
+# What `quantise_ptx` names.
+QUANTISE_REGISTERS = (
+    ".reg .pred infinite;",
+    ".reg .b32 v<8>, most, other, inverse, o<4>, p<4>;",
+    ".reg .b16 pair<2>, rest<2>, low, high;",
+    ".reg .f32 first, second, factor, rounded;",
+)
 
 
 def quant_ptx(config: Config) -> str:
     """A block of inner columns from shared memory to memory in `fp8_token128`: eight threads a token, each
     with 16 bytes of what it writes. In the order of the tiles these are four columns of each group of 32.
 
-    Operands: `thread`; `stage`; `number` of the consumer; `count` of tokens that are real; `out`, address of
-    the tile's first token in the block; `scales`, address of the tile's scales of the block.
+    Operands: `thread`; `stage`; `number` of the consumer; `count` of tokens that are real; `out` and
+    `scales`, addresses of the tile's first token and of its scale in the block.
     """
     together = config.consumers * 16
-    least = FORMATS["fp8_token128"].floor
     lines = [
-        ".reg .pred real, all, infinite;",
-        ".reg .b32 token, eighth, chunk, swizzle, at<4>, v<8>, most, other, inverse, place, o<4>;",
-        ".reg .b16 low, high;",
-        ".reg .f32 first, second, factor;",
+        *QUANTISE_REGISTERS,
+        ".reg .pred real, all;",
+        ".reg .b32 token, eighth, chunk, swizzle, at<4>;",
         ".reg .b64 to, scale;",
         "shr.u32 token, $thread, 3;",
         "mad.lo.u32 token, $number, 16, token;",
@@ -305,61 +372,17 @@ def quant_ptx(config: Config) -> str:
                 f"mov.b32 v{2 * q + 1}, 0;",
                 f"@real ld.shared.v2.b32 {{v{2 * q}, v{2 * q + 1}}}, {place};",
             ]
-        # The largest magnitude: among those, bits of floats are in the order of what they stand for.
-        lines.append("and.b32 most, v0, 0x7FFF7FFF;")
-        for n in range(1, 8):
-            lines += [f"and.b32 other, v{n}, 0x7FFF7FFF;", "max.u16x2 most, most, other;"]
-        for distance in (1, 2, 4):
-            lines += [
-                f"shfl.sync.bfly.b32 other, most, {distance}, 31, 0xFFFFFFFF;",
-                "max.u16x2 most, most, other;",
-            ]
-        lines += [
-            "shl.b32 other, most, 16;",
-            "and.b32 most, most, 0xFFFF0000;",
-            "max.u32 most, most, other;",
-            f"max.u32 most, most, 0x{np.float32(least).view(np.uint32):08X};",
-            "setp.ge.u32 infinite, most, 0x7F800000;",
-            # The smallest power of two by which the largest is at most 448 = 1.75 * 2^8. The definition asks
-            # for one that is at least the rounded quotient: the same for numbers of eight significant bits.
-            "add.u32 most, most, 0x1FFFFF;",
-            "shr.u32 most, most, 23;",
-            "sub.u32 most, most, 8;",
-            "sub.u32 inverse, 254, most;",
-            "shl.b32 inverse, inverse, 23;",
-            "mov.b32 factor, inverse;",
-            "shl.b32 most, most, 23;",
-            "selp.b32 most, 0x7FC00000, most, infinite;",
-        ]
-        for q in range(4):
-            for half, name in enumerate(("low", "high")):
-                lines += [
-                    f"shl.b32 other, v{2 * q + half}, 16;",
-                    "mov.b32 first, other;",
-                    f"and.b32 other, v{2 * q + half}, 0xFFFF0000;",
-                    "mov.b32 second, other;",
-                    "mul.f32 first, first, factor;",
-                    "mul.f32 second, second, factor;",
-                    f"cvt.rn.satfinite.e4m3x2.f32 {name}, second, first;",
-                ]
-            lines.append(f"mov.b32 o{q}, {{low, high}};")
+        lines += quantise_ptx()
         lines += [
             "mul.wide.u32 to, token, 128;",
             "add.u64 to, to, $out;",
             "mul.wide.u32 scale, eighth, 16;",
             "add.u64 to, to, scale;",
             "@real st.global.v4.b32 [to], {o0, o1, o2, o3};",
-            # One thread writes the scale, where `lane_order` has it.
+            # One thread writes the scale.
             "setp.eq.u32 all, eighth, 0;",
             "and.pred all, all, real;",
-            "bfe.u32 other, token, 3, 1;",
-            "and.b32 place, token, 0xFFFFFFF0;",
-            "mad.lo.u32 place, other, 2, place;",
-            "bfe.u32 other, token, 1, 2;",
-            "mad.lo.u32 place, other, 4, place;",
-            "and.b32 other, token, 1;",
-            "add.u32 place, place, other;",
-            "mul.wide.u32 scale, place, 4;",
+            "mul.wide.u32 scale, token, 4;",
             "add.u64 scale, scale, $scales;",
             "@all st.global.b32 [scale], most;",
             f"add.u32 token, token, {together};",

@@ -21,6 +21,9 @@ class Plan:
       expert, start, end: [tiles] of each tile of rows: its expert, first row, and row after the last of its
         expert. Tiles that are left over come last and have expert -1, start and end R; there are as many as
         the worst routing needs, so no row is ever dropped.
+      count: [1] how many tiles are not left over.
+      arrivals: [tiles] zeros. A kernel whose programs wait for each other counts in them; it leaves zeros, so
+        that the plan stays what it is.
     """
 
     order: jax.Array
@@ -28,6 +31,8 @@ class Plan:
     expert: jax.Array
     start: jax.Array
     end: jax.Array
+    count: jax.Array
+    arrivals: jax.Array
 
 
 def plan(
@@ -59,6 +64,8 @@ def _plan(experts: jax.Array, n_routed_experts: int, tile_rows: int) -> Plan:
         jnp.where(real, expert, -1),
         jnp.where(real, start, rows),
         jnp.where(real, ends[known], rows),
+        last[-1:],
+        jnp.zeros_like(tile),
     )
 
 

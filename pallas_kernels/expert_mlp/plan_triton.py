@@ -46,6 +46,8 @@ def _write_tiles(
     tile_expert,
     tile_start,
     tile_end,
+    tile_count,
+    arrivals,
     ROWS: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILES: tl.constexpr,
@@ -55,6 +57,9 @@ def _write_tiles(
     end = tl.cumsum(counts, 0)
     tiles = (counts + TILE_ROWS - 1) // TILE_ROWS
     at = tl.cumsum(tiles, 0) - tiles
+    tl.store(tile_count, tl.sum(tiles, 0))
+    for first in range(0, TILES, BINS):
+        tl.store(arrivals + first + expert, tl.zeros_like(expert), mask=first + expert < TILES)
     for nth in range(0, tl.max(tiles, 0)):
         real = nth < tiles
         tl.store(tile_expert + at + nth, expert, mask=real)
@@ -75,6 +80,8 @@ def _plan_few(
     tile_expert,  # [TILES] int32
     tile_start,
     tile_end,
+    tile_count,  # [1] int32
+    arrivals,  # [TILES] int32
     ROWS: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILES: tl.constexpr,
@@ -87,7 +94,18 @@ def _plan_few(
     counts = tl.histogram(chosen, BINS, mask=pair < ROWS)
     _place(chosen, pair, tl.cumsum(counts, 0) - counts, tl.program_id(0) * EXPERTS, order, row, EXPERTS, BINS)
     if tl.program_id(0) == 0:
-        _write_tiles(counts, tile_expert, tile_start, tile_end, ROWS, TILE_ROWS, TILES, BINS)
+        _write_tiles(
+            counts,
+            tile_expert,
+            tile_start,
+            tile_end,
+            tile_count,
+            arrivals,
+            ROWS,
+            TILE_ROWS,
+            TILES,
+            BINS,
+        )
 
 
 @triton.jit
@@ -114,6 +132,8 @@ def _plan_many(
     tile_expert,  # [TILES] int32
     tile_start,
     tile_end,
+    tile_count,  # [1] int32
+    arrivals,  # [TILES] int32
     ROWS: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILES: tl.constexpr,
@@ -135,14 +155,16 @@ def _plan_many(
     base = tl.cumsum(total, 0) - total + before
     _place(chosen, pair, base, tl.program_id(0) * EXPERTS, order, row, EXPERTS, BINS)
     if (tl.program_id(0) == 0) & (segment == 0):
-        _write_tiles(total, tile_expert, tile_start, tile_end, ROWS, TILE_ROWS, TILES, BINS)
+        _write_tiles(
+            total, tile_expert, tile_start, tile_end, tile_count, arrivals, ROWS, TILE_ROWS, TILES, BINS
+        )
 
 
 def plan(experts: jax.Array, n_routed_experts: int, tile_rows: int) -> Plan:
     rows, pairs = experts.size, experts.reshape(-1)
     tiles = tile_count(rows, n_routed_experts, tile_rows)
     bins = max(128, triton.next_power_of_2(n_routed_experts))
-    out = [jax.ShapeDtypeStruct((size,), jnp.int32) for size in (rows, rows, tiles, tiles, tiles)]
+    out = [jax.ShapeDtypeStruct((size,), jnp.int32) for size in (rows, rows, tiles, tiles, tiles, 1, tiles)]
     sizes = {"ROWS": rows, "TILE_ROWS": tile_rows, "TILES": tiles, "BINS": bins}
     if rows <= _FEW:
         # At least one pair for each thread of AMD's four warps: a histogram must count no pair twice.

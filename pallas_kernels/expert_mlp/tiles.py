@@ -1,13 +1,13 @@
 """FP4 expert weights laid out for the tensor cores: bytes in the order in which threads need them.
 
-A weight [N, K] becomes tiles of 128 x 128 values, each one contiguous block. Inside a tile, a thread's
-bytes are its share of the matrix instruction's operand, so that they go from memory to registers to the
-tensor core without a detour. Read in the checkpoint's order instead, the same kernel takes 2.5 times as long.
+A weight [N, K] becomes tiles of 64 x 128 values, each one contiguous block. Inside a tile, a thread's bytes
+are its share of the matrix instruction's operand, so that they go from memory to registers to the tensor
+core without a detour. Read in the checkpoint's order instead, the same kernel takes 2.5 times as long.
 
-    tiles        [E, N/128, K/128, 8704] uint8   codes, then multipliers:
-                     codes               8192    [n16 8][s2 2][t 8][q 4][s1 2][h 2][4 bytes]
-                     multipliers          512    [n16 8][t 8][q 4][h 2]
-    row_exponent [E, N]                  uint8   E8M0
+    tiles        [E, N/64, K/128, 4352] uint8   codes, then multipliers:
+                     codes              4096    [n16 4][s2 2][t 8][q 4][s1 2][h 2][4 bytes]
+                     multipliers         256    [n16 4][t 8][q 4][h 2]
+    row_exponent [E, N]                 uint8   E8M0
 
 Four bytes of codes are one little-endian word of eight values: row n16*16 + h*8 + t, columns
 q*32 + s*8 + j*4 + b for value i = 4*j + b, where s = 2*s2 + s1. Its magnitude has bits 4*i to 4*i + 2 of the
@@ -29,14 +29,15 @@ from jaxtyping import Array, Bool
 
 from pallas_kernels.formats import QuantArray, pack_nibbles, unpack_nibbles
 
-TILE = 128
-CODES_BYTES = TILE * TILE // 2
-TILE_BYTES = CODES_BYTES + TILE * TILE // 32
+ROWS, COLUMNS = 64, 128  # of a tile
+CODES_BYTES = ROWS * COLUMNS // 2
+TILE_BYTES = CODES_BYTES + ROWS * COLUMNS // 32
+TILE_SHAPE = (34, 128)  # of its bytes, for copies, whose pieces are at most 256 long
 HIGHEST_MULTIPLIER = 11
 
-_SPLIT = (8, 2, 8, 4, 2, 2, 2, 4)  # n16 h t q s2 s1 j b of one 128 x 128 tile, as in a [N, K] matrix
+_SPLIT = (4, 2, 8, 4, 2, 2, 2, 4)  # n16 h t q s2 s1 j b of one 64 x 128 tile, as in a [N, K] matrix
 _STORED = (0, 4, 2, 3, 5, 1, 6, 7)  # to n16 s2 t q s1 h j b
-_SCALE_SPLIT = (8, 2, 8, 4)  # n16 h t q
+_SCALE_SPLIT = (4, 2, 8, 4)  # n16 h t q
 _SCALE_STORED = (0, 2, 3, 1)  # to n16 t q h
 
 
@@ -52,7 +53,7 @@ class ExpertTiles:
     def shape(self) -> tuple[int, int, int]:
         """[E, N, K] of the numbers it stands for."""
         experts, rows, columns = self.tiles.shape[:3]
-        return experts, rows * TILE, columns * TILE
+        return experts, rows * ROWS, columns * COLUMNS
 
     @property
     def ndim(self) -> int:
@@ -61,7 +62,7 @@ class ExpertTiles:
 
 def tile_order(x: jax.Array) -> jax.Array:
     """[..., K] with the columns of every 128 in the order of the tiles: 32q + 4n + b goes to 16n + 4q + b."""
-    parts = x.reshape(*x.shape[:-1], x.shape[-1] // TILE, 4, 8, 4)
+    parts = x.reshape(*x.shape[:-1], x.shape[-1] // COLUMNS, 4, 8, 4)
     return jnp.swapaxes(parts, -3, -2).reshape(x.shape)
 
 
@@ -76,12 +77,12 @@ def to_tiles(weight: QuantArray) -> ExpertTiles:
     """The weight in tiles, exactly, if it is `tileable`.
 
     Raises:
-      NotImplementedError: rows or columns are not a multiple of 128, or it is not FP4 with E8M0 scales.
+      NotImplementedError: it is not of multiples of 64 x 128, or not FP4 with E8M0 scales.
     """
     if weight.format != "fp4_group32" or weight.scale.dtype != jnp.uint8:
         raise NotImplementedError(f"tiles hold fp4_group32 with E8M0 scales, not {weight.format}")
-    if weight.shape[-2] % TILE or weight.shape[-1] % TILE:
-        raise NotImplementedError(f"tiles need multiples of {TILE} rows and columns, got {weight.shape}")
+    if weight.shape[-2] % ROWS or weight.shape[-1] % COLUMNS:
+        raise NotImplementedError(f"tiles need multiples of {ROWS} x {COLUMNS}, got {weight.shape}")
     return jax.lax.map(_one_to_tiles, weight)
 
 
@@ -94,19 +95,19 @@ def _group_exponents(weight: QuantArray) -> jax.Array:
 
 def _one_to_tiles(weight: QuantArray) -> ExpertTiles:
     rows, columns = weight.shape
-    outer = (rows // TILE, columns // TILE)
+    outer = (rows // ROWS, columns // COLUMNS)
     exponent = _group_exponents(weight)
     row_exponent = exponent.max(-1)
     multiplier = (exponent + (HIGHEST_MULTIPLIER - row_exponent)[:, None]).astype(jnp.uint8)
-    codes = _words(_tile(unpack_nibbles(weight.values), TILE, _SPLIT, _STORED).reshape(-1, 8))
-    multipliers = _tile(multiplier, TILE // 32, _SCALE_SPLIT, _SCALE_STORED)
+    codes = _words(_tile(unpack_nibbles(weight.values), COLUMNS, _SPLIT, _STORED).reshape(-1, 8))
+    multipliers = _tile(multiplier, COLUMNS // 32, _SCALE_SPLIT, _SCALE_STORED)
     tiles = jnp.concatenate([codes.reshape(*outer, -1), multipliers.reshape(*outer, -1)], axis=-1)
     return ExpertTiles(tiles, row_exponent)
 
 
 def _tile(matrix: jax.Array, columns: int, split: tuple[int, ...], order: tuple[int, ...]) -> jax.Array:
-    """[N, K] to [N/128, K/columns, ...]: tiles of 128 x `columns`, each split and put in order."""
-    high, wide = matrix.shape[0] // TILE, matrix.shape[1] // columns
+    """[N, K] to [N/128, K/columns, ...]: tiles of 64 x `columns`, each split and put in order."""
+    high, wide = matrix.shape[0] // ROWS, matrix.shape[1] // columns
     # The first three parts of a split are rows, the others columns.
     parts = matrix.reshape(high, *split[:3], wide, *split[3:]).transpose(
         0, 4, 1, 2, 3, *range(5, len(split) + 2)
@@ -130,8 +131,8 @@ def _one_from_tiles(tiles: ExpertTiles) -> QuantArray:
     bytes_ = tiles.tiles[..., :CODES_BYTES].reshape(-1, 4)
     magnitude = unpack_nibbles(bytes_ & 0x77)
     sign = jnp.concatenate([bytes_ >> 7, (bytes_ >> 3) & 1], axis=-1)
-    codes = _untile(magnitude | (sign << 3), outer, TILE, _SPLIT, _STORED)
-    multiplier = _untile(tiles.tiles[..., CODES_BYTES:], outer, TILE // 32, _SCALE_SPLIT, _SCALE_STORED)
+    codes = _untile(magnitude | (sign << 3), outer, COLUMNS, _SPLIT, _STORED)
+    multiplier = _untile(tiles.tiles[..., CODES_BYTES:], outer, COLUMNS // 32, _SCALE_SPLIT, _SCALE_STORED)
     exponent = (multiplier + tiles.row_exponent[:, None] - HIGHEST_MULTIPLIER).astype(jnp.uint8)
     return QuantArray(pack_nibbles(codes), exponent, "fp4_group32")
 
@@ -144,4 +145,4 @@ def _untile(
     inverse = sorted(range(len(order)), key=order.__getitem__)
     parts = parts.transpose(0, 1, *(2 + axis for axis in inverse))
     parts = parts.transpose(0, 2, 3, 4, 1, *range(5, len(split) + 2))
-    return parts.reshape(outer[0] * TILE, outer[1] * columns)
+    return parts.reshape(outer[0] * ROWS, outer[1] * columns)

@@ -1,160 +1,99 @@
 #!/usr/bin/env python3
-"""Times the Mosaic GPU kernel of the routed experts, over configurations of its tiles.
+"""Times the Mosaic GPU kernels of the routed experts over configurations of their tiles.
 
 Cases, weights and timing are those of expert_mlp.py. Of every configuration both products are checked against
-float32 on the kernel's own inputs, then each kernel is timed alone, and without decoding or promotion, which
-says what those cost. Whole layers are timed for the best, with all that stands around the kernels.
+float32 on the kernel's own inputs, then the layer is timed and its kernels' own times are read from a
+profile; with --off without decoding, promotion or products, too, which says what those cost.
 
-  python scripts/bench/expert_mlp_mosaic.py --results scripts/bench/results/h200.json
-  python scripts/bench/expert_mlp_mosaic.py --tokens 8192 --configs "64 1 4,48+48 2 2" --profile
+  python scripts/bench/expert_mlp_mosaic.py --tokens 8 --configs "few 8,few 8 2,few 16 1 5"
+  python scripts/bench/expert_mlp_mosaic.py --tokens 2048 --configs "64 1 4 2,48/64 1 4 1" --off
 """
 
 import argparse
-import functools
 import os
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from expert_mlp import LIMIT, MODELS, MOST_ERROR, Bench, Case, check
-from harness import facts, median_us, save, timed
-from profile_kernels import kernel_times, print_kernel_times
+from expert_cases import MODELS, MOST_ERROR, Bench, Case, Way, few_way, many_way
+from harness import timed
+from profile_kernels import kernel_times
 
-from pallas_kernels.activation_quant import activation_quant
-from pallas_kernels.expert_mlp import mosaic
-from pallas_kernels.expert_mlp.mosaic import Config, Configs, deepest
-from pallas_kernels.expert_mlp.tiles import ExpertTiles
+from pallas_kernels.expert_mlp.mosaic_config import Configs, FewConfig, deepest, deepest_few
 
-# By the most tokens they are for: tokens of each tensor core product, times 64 rows, and warpgroups.
+# By the most tokens they are for. For few tokens: those of a tile, blocks of columns in a stage, stages that
+# are under way, and stages. For many: those of each product of the tensor core, behind the same for tiles
+# with fewer; times 64 rows; warpgroups; blocks of columns in a stage; stages of both kernels. Stages are as
+# many as fit if left out.
 CANDIDATES = {
-    512: "16 1 4,32 1 4",
-    2048: "64 1 4,32+32 1 4,64 2 2",
-    8192: "64+64+48+48 1 2,32+32+32+16 1 4,64+48 2 2,64 1 4",
+    8: "few 8 1 2,few 8 1 3,few 8 1 5,few 8 2 2,few 8 2 3",
+    128: "few 8 1 3,few 8 1 5,few 8 2 2,few 8 2 3",
+    512: "few 16 1 3,few 24 1 2,few 24 1 3,32 1 4 2",
+    2048: "64 1 4 2,64 1 4 1,48/64 1 4 1",
+    8192: "64+64+48+48 1 2 1,48+48 1 4 1,64 1 4 2",
 }
-OFF = ("decoding", "promotion")
+OFF = ("decoding", "promotion", "products")
 
 
-def parse(text: str) -> Configs:
-    """Those of "64+48 2 2" or, with stages of both products, of "64+48 2 2 5 4"."""
-    widths, waves, consumers, *stages = text.split()
-    configs = deepest(tuple(map(int, widths.split("+"))), int(waves), int(consumers))
-    if not stages:
-        return configs
-    first, second = map(int, stages)
-    return Configs(configs.gate_up._replace(stages=first), configs.down._replace(stages=second))
+def parse(text: str, case: Case) -> FewConfig | Configs:
+    first, *rest = text.split()
+    if first == "few":
+        tokens, blocks, ahead, stages = [*map(int, rest), *(1, 3, 0)[len(rest) - 1 :]]
+        terms = 1 if case.bench.activation else 2
+        columns = max(case.bench.config.hidden_size, case.bench.config.moe_intermediate_size)
+        config = deepest_few(columns, tokens, terms=terms, blocks=blocks, ahead=ahead)
+        return config._replace(stages=stages or config.stages)
+    *shorter, widths = (tuple(map(int, each.split("+"))) for each in first.split("/"))
+    waves, consumers, blocks, *stages = map(int, rest)
+    configs = deepest(widths, shorter=tuple(shorter), waves=waves, consumers=consumers, blocks=blocks)
+    if stages:
+        configs = Configs(*(each._replace(stages=n) for each, n in zip(configs, stages, strict=True)))
+    return configs
 
 
-def shown(config: Config) -> str:
-    return f"{'+'.join(map(str, config.widths))} {config.waves} {config.consumers} {config.stages}"
+def way_of(config: FewConfig | Configs) -> Way:
+    return few_way(config) if isinstance(config, FewConfig) else many_way(config)
 
 
 class Prepared(NamedTuple):
-    """Compiled programs, and the error of each product."""
+    """A way, its errors, and compiled layers by what they leave out."""
 
+    way: Way
     errors: tuple[float, float]
-    programs: dict[str, Any]
+    layers: dict[str, Any]
 
 
-def kernel_inputs(case: Case, config: Config) -> tuple[list[Any], list[Any]]:
-    """What both kernels take, for each of the case's requests."""
-    choices = case.bench.config.num_experts_per_tok
-    columns = case.bench.config.moe_intermediate_size
-
-    @jax.jit
-    def gate_up(request):
-        x, planned, weights = request
-        values, exponents = mosaic._quant_sorted(x, planned, choices)
-        shares = mosaic._by_tile(planned, config, weights.reshape(-1)[planned.order][:, None], 1)[..., 0]
-        return values, mosaic._scales(planned, config, exponents, choices), shares, planned
-
-    @functools.partial(jax.jit, static_argnums=1)
-    def down(planned, rows):
-        inner = jax.random.normal(jax.random.key(0, impl="rbg"), (rows, columns)).astype(jnp.bfloat16)
-        quant = activation_quant(inner)
-        return quant.values, mosaic._scales(planned, config, quant.scale, 1), planned.order, planned
-
-    requests = case.planned(config.tokens)
-    return [gate_up(each) for each in requests], [down(each[1], each[2].size) for each in requests]
+def prepare(case: Case, text: str, off: bool) -> Prepared:
+    config = parse(text, case)
+    layers = {"": case.layer(way_of(config))}
+    if off and isinstance(config, Configs):
+        for part in OFF:
+            less = Configs(*(each._replace(without=part) for each in config))
+            layers[part] = case.layer(way_of(less))
+    for layer in layers.values():  # a kernel's PTX is assembled when it first runs
+        jax.block_until_ready(layer())
+    return Prepared(way_of(config), case.errors(way_of(config)), layers)
 
 
-def errors(case: Case, configs: Configs) -> tuple[float, float]:
-    """Of both products against their definitions; not a number counts as infinite."""
-    bench, (x, planned, shares) = case.bench, case.planned(configs.gate_up.tokens)[0]
-    w13, w2 = cast(tuple[ExpertTiles, ExpertTiles], bench.weights)
-    inner = mosaic.gate_up(x, planned, shares, w13, LIMIT, configs.gate_up)
-    out = mosaic.down(inner, planned, w2, configs.down)
-    found = check(x, case.inputs[0][1], planned, shares, inner, out, bench.weights, bench.activation)
-    whole = bool(jnp.isfinite(inner).all() & jnp.isfinite(out).all())
-    return tuple(error if whole and error == error else float("inf") for error in found)  # type: ignore[return-value]
-
-
-def prepare(case: Case, configs: Configs, off: bool) -> Prepared:
-    """Checks both products and compiles the kernels alone; `off`: without parts of their work, too."""
-    programs = {}
-    products = zip(
-        configs._asdict().items(), kernel_inputs(case, configs.gate_up), (LIMIT, None), strict=True
-    )
-    for place, ((name, config), inputs, limit) in enumerate(products):
-        for without in ("", *OFF) if off else ("",):
-            less = config._replace(without=without)
-
-            def run(request, weights, config=less, limit=limit, place=place):
-                return mosaic._launch(weights[place], *request, config=config, limit=limit)
-
-            # A kernel's PTX is assembled when it first runs.
-            jax.block_until_ready(run(inputs[0], case.bench.weights))
-            programs[f"{name} without {without}" if without else name] = case.prepare(run, inputs)
-    return Prepared(errors(case, configs), programs)
-
-
-def kernel_us(case: Case, program: Any) -> float:
-    return median_us(program, repeats=3) / case.calls
-
-
-def sweep(case: Case, candidates: list[Configs], off: bool) -> list[tuple[float, Configs, float]]:
-    """Of the candidates that are right: microseconds of both kernels, themselves, and their error."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        futures = [pool.submit(prepare, case, configs, off) for configs in candidates]
-        for configs, future in zip(candidates, futures, strict=True):
-            state = "failed" if future.exception() else "ready"
-            print(f"# T={case.tokens} {shown(configs.gate_up)} {state}", flush=True)  # a hang shows which
-    found = []
-    for configs, future in zip(candidates, futures, strict=True):
-        label = f"T={case.tokens} {shown(configs.gate_up)} / {configs.down.stages}"
-        try:
-            prepared = future.result()
-            times = {name: kernel_us(case, program) for name, program in prepared.programs.items()}
-        except Exception as error:  # a configuration that does not fit is a result too
-            print(f"{label}: {type(error).__name__} {str(error)[:200]}", flush=True)
-            continue
-        wrong = "" if max(prepared.errors) < MOST_ERROR else "  WRONG"
-        said = ", ".join(f"{name} {us:.1f}" for name, us in times.items())
-        print(f"{label}: {said}; errors {prepared.errors[0]:.1e} {prepared.errors[1]:.1e}{wrong}", flush=True)
-        if not wrong:
-            found.append((times["gate_up"] + times["down"], configs, max(prepared.errors)))
-    return sorted(found, key=lambda each: each[0])
-
-
-def whole_layer(case: Case, configs: Configs, profile: bool) -> dict[str, float]:
-    """Microseconds of all but the plan, as `harness.timed` gives them."""
-
-    def run(request, weights):
-        x, planned, shares = request
-        w13, w2 = weights
-        return mosaic.planned_mlp(x, planned, shares, w13, w2, LIMIT, configs)
-
-    program = case.prepare(run, case.planned(configs.gate_up.tokens))
-    times = timed(program, case.calls)
-    if profile:
-        print_kernel_times(f"T={case.tokens}", kernel_times(program, case.calls))
-    return times
+def report(case: Case, prepared: Prepared) -> tuple[float, str]:
+    """Microseconds of the layer, infinite if it is wrong, and what there is to say."""
+    way, errors, layers = prepared
+    times, lines = timed(layers[""], case.calls), []
+    for part, layer in layers.items():
+        kernels = kernel_times(layer, case.calls)
+        said = ", ".join(f"{name[:28]} {us:.1f}" for name, (_, us) in list(kernels.items())[:4])
+        lines.append(f"    {f'without {part}' if part else 'kernels'}: {said}")
+    wrong = max(errors) > MOST_ERROR
+    head = f"T={case.tokens} [{way.cut}]: {times['us']:.1f} us, floor {case.floor:.1f}"
+    head += f" ({case.floor / times['us']:.0%}), sustained {times['us_sustained']:.1f},"
+    head += f" errors {errors[0]:.1e} {errors[1]:.1e}{'  WRONG' * wrong}"
+    return float("inf") if wrong else times["us"], "\n".join([head, *lines])
 
 
 def main() -> int:
@@ -162,15 +101,12 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", choices=list(MODELS), default="flash")
-    parser.add_argument("--tokens", type=int, nargs="*", default=[2048, 512, 8192])
-    parser.add_argument("--configs", help='in place of the table: "64+48 2 2,32+32 1 4 6 6"')
-    parser.add_argument(
-        "--off", action="store_true", help="time the kernels without parts of their work, too"
-    )
-    parser.add_argument("--profile", action="store_true", help="print the kernels of a layer and their times")
+    parser.add_argument("--tokens", type=int, nargs="*", default=[1, 8, 32, 128, 512, 2048, 8192])
+    parser.add_argument("--activation", choices=["fp8_token128", "none"], default="fp8_token128")
+    parser.add_argument("--configs", help='in place of the table: "few 8 1,64+48 2 2 1,32 1 4 2 3 3"')
+    parser.add_argument("--off", action="store_true", help="time the layer without parts of its work, too")
     parser.add_argument("--seconds", type=float, default=1e9, help="start no new case after so long")
     parser.add_argument("--ptxas", action="store_true", help="let the assembler print registers and spills")
-    parser.add_argument("--results", type=Path, help="JSON file to add rows to")
     arguments = parser.parse_args()
     started = time.perf_counter()
     if arguments.ptxas:
@@ -179,31 +115,32 @@ def main() -> int:
     flags = "--xla_gpu_command_buffer_scheduling_mode=SERIALIZE"
     os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}"
 
-    of_bench = argparse.Namespace(model=arguments.model, activation="fp8_token128", weights="fp4")
-    bench = Bench(of_bench)
+    bench = Bench(
+        arguments.model, activation=None if arguments.activation == "none" else arguments.activation
+    )
     jax.block_until_ready(bench.weights)
     print(f"# {bench.label}: weights at {time.perf_counter() - started:.1f} s", flush=True)
-    for tokens in arguments.tokens:
-        if time.perf_counter() - started > arguments.seconds:
-            print(f"# stopped before T={tokens}: out of time", flush=True)
-            break
-        case = bench.case(tokens)
-        table = CANDIDATES[min(most for most in CANDIDATES if most >= min(tokens, 8192))]
-        candidates = [parse(each) for each in (arguments.configs or table).split(",")]
-        best = sweep(case, candidates, arguments.off)
-        print(f"# T={tokens}: swept at {time.perf_counter() - started:.0f} s", flush=True)
-        for number, (kernels_us, configs, error) in enumerate(best[:2]):
-            times = whole_layer(case, configs, arguments.profile and number == 0)
-            print(
-                f"{bench.label} T={tokens} mosaic {shown(configs.gate_up)}: {times['us']:.1f} us,"
-                f" floor {case.floor:.1f} ({case.floor / times['us']:.0%}),"
-                f" sustained {times['us_sustained']:.1f}, kernels {kernels_us:.1f}, error {error:.1e}",
-                flush=True,
-            )
-            if number == 0 and arguments.results:
-                row = {"id": f"{bench.label} T={tokens}", "implementation": "mosaic w4a8", **times}
-                more = {"floor_us": round(case.floor, 1), "rel_err": error, "config": shown(configs.gate_up)}
-                save([row | more | facts()], arguments.results)
+    cases = [Case(bench, tokens) for tokens in arguments.tokens]
+    jobs = []
+    for case in cases:
+        table = CANDIDATES[min(most for most in CANDIDATES if most >= min(case.tokens, 8192))]
+        jobs += [(case, text) for text in (arguments.configs or table).split(",")]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        futures = [pool.submit(prepare, case, text, arguments.off) for case, text in jobs]
+        for job, future in zip(jobs, futures, strict=True):
+            if future.exception():  # a configuration that does not fit is a result too
+                error = future.exception()
+                print(f"T={job[0].tokens} {job[1]}: {type(error).__name__} {str(error)[:200]}", flush=True)
+    print(f"# compiled at {time.perf_counter() - started:.1f} s", flush=True)
+    found: dict[int, list[tuple[float, str]]] = {}
+    for (case, text), future in zip(jobs, futures, strict=True):
+        if future.exception() or time.perf_counter() - started > arguments.seconds:
+            continue
+        us, said = report(case, future.result())
+        print(said, flush=True)
+        found.setdefault(case.tokens, []).append((us, text))
+    for tokens, listed in found.items():
+        print(f"T={tokens} best: {min(listed)[1]} {min(listed)[0]:.1f} us", flush=True)
     print(f"# done in {time.perf_counter() - started:.0f} s")
     return 0
 

@@ -30,7 +30,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from expert_mlp import relative_error
+from expert_cases import relative_error
 from harness import Repeated, facts, save, timed
 from profile_kernels import kernel_times, print_kernel_times
 

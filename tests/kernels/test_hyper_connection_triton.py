@@ -186,9 +186,9 @@ def assert_rounded_alike(found: jax.Array, expected: jax.Array, terms: float) ->
     Such an error, 2^-20 of the terms at most, is no more than itself and one step of bfloat16, 2^-7 of the
     result; it takes a number across a rounding boundary in about one case of 2^11.
     """
-    found, expected = np.float32(found), np.float32(expected)
-    np.testing.assert_allclose(found, expected, rtol=2**-7, atol=2**-20 * terms)
-    assert (found != expected).mean() <= max(2**-8, 4 / found.size)
+    mine, theirs = np.float32(found), np.float32(expected)
+    np.testing.assert_allclose(mine, theirs, rtol=2**-7, atol=2**-20 * terms)
+    assert (mine != theirs).mean() <= max(2**-8, 4 / found.size)
 
 
 def largest(*arrays: jax.Array) -> float:

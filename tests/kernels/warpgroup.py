@@ -1,8 +1,8 @@
 """A small emulator of threads that run in step, after the PTX manual, for PTX that a test wants computed.
 
 It knows fragments of `wgmma` in E4M3 with the 128-byte swizzle of its second operand, and that nobody may
-touch a product before it was waited for; `mma.sync` in bfloat16; loops that all threads go through alike; and
-what programs of a cluster send each other.
+touch a product before it was waited for; `mma.sync` in bfloat16; `stmatrix`; loops that all threads go
+through alike; and what programs of a cluster send each other.
 """
 
 import dataclasses
@@ -33,6 +33,29 @@ class Barrier:
             self.phase, self.pending = self.phase ^ 1, self.count
 
 
+class Space:
+    """A memory with arrays in it, each at a multiple of 1024 bytes.
+
+    At first all its bytes are 0xFF, which stands for not-a-number in every format.
+    """
+
+    def __init__(self) -> None:
+        self.bytes = np.full(1 << 23, 0xFF, np.uint8)
+        self.end = 1024
+
+    def place(self, array: Any) -> int:
+        """Its address."""
+        data, start = np.ascontiguousarray(array).reshape(-1).view(np.uint8), self.end
+        self.bytes[start : start + data.size] = data
+        self.end = -(-(start + data.size) // 1024) * 1024
+        return start
+
+    def read(self, start: int, like: Any) -> np.ndarray:
+        """What lies at an address, as an array of that shape and type."""
+        like = np.asarray(like)
+        return self.bytes[start : start + like.nbytes].view(like.dtype).reshape(like.shape)
+
+
 class Cluster:
     """Shared memories of some programs, and the barriers in them."""
 
@@ -46,6 +69,7 @@ class Warpgroup:
 
     Attributes:
       registers: by name; those of operands begin with $.
+      arrived: what `red` counted up: (thread, address, the largest number), in order.
     """
 
     def __init__(self, shared: np.ndarray | Cluster, memory: np.ndarray, threads: int = 128, rank: int = 0):
@@ -55,6 +79,7 @@ class Warpgroup:
         self.pending: list[dict[str, np.ndarray]] = []  # groups of products under way
         self.issued: dict[str, np.ndarray] = {}
         self.lane = np.arange(threads)
+        self.arrived: list[tuple[int, int, int]] = []
 
     def run(self, text: str, operands: dict[str, np.ndarray]) -> None:
         for _ in self.steps(text, operands):
@@ -107,7 +132,7 @@ class Warpgroup:
         name, _, rest = line.partition(" ")
         vectors = re.findall(r"\{([^}]*)\}|\[([^]]*)\]|([^,\s{}\[\]]+)", rest)
         arguments = ["{" + a if a else "[" + b if b else c for a, b, c in vectors]
-        if name.startswith((".reg", "bar.sync", "barrier.cluster", "fence")):
+        if name.startswith((".reg", "bar.", "barrier.cluster", "fence")):
             return
         if name.startswith("wgmma"):
             self._tensor(name, arguments)
@@ -117,6 +142,11 @@ class Warpgroup:
             self._tell(name, arguments, real)
         elif name.startswith(("ld.", "st.")):
             self._move(name, arguments, real)
+        elif name.startswith("stmatrix"):
+            self._store_matrices(name, arguments)
+        elif name == "red.release.gpu.global.inc.u32":
+            at, most = self._addresses(arguments[0]), int(arguments[1])
+            self.arrived += [(int(thread), int(at[thread]), most) for thread in np.flatnonzero(real)]
         else:
             assert real.all()
             self._compute(name, arguments)
@@ -125,9 +155,10 @@ class Warpgroup:
         target, *sources = arguments
         operation, *kinds = name.split(".")
         kind = KINDS.get(kinds[-1], np.uint32)
-        if name == "mov.b64":
-            low, high = (self.read(each, np.uint64) for each in sources[0][1:].replace(" ", "").split(","))
-            return self._write(target, low | high << np.uint64(32))
+        if operation == "mov" and "{" in target + sources[0]:
+            return self._repack(kinds[-1], target, sources[0])
+        if operation == "cvt":
+            return self._convert(kinds, target, sources)
         if operation in ("and", "not") and kinds == ["pred"]:
             values = [self.registers[each] for each in sources]
             return self._write(target, values[0] & values[1] if operation == "and" else ~values[0])
@@ -146,12 +177,36 @@ class Warpgroup:
         if name == "mul.wide.u32":
             first, second = (self.read(each).astype(np.uint64) for each in sources)
             return self._write(target, first * second)
-        if name == "cvt.rn.bf16x2.f32":
-            high, low = (_bf16_bits(self.read(each, np.float32)) for each in sources)
-            return self._write(target, high << 16 | low)
         values = [self.read(each, kind) for each in sources]
         with np.errstate(all="ignore"):
             self._write(target, OPERATIONS[name if name in OPERATIONS else operation](*values))
+
+    def _repack(self, kind: str, target: str, source: str) -> None:
+        """`mov` of two registers to one twice as wide, or back."""
+        narrow, wide = {"b64": (np.uint32, np.uint64), "b32": (np.uint16, np.uint32)}[kind]
+        bits = wide(8 * np.dtype(narrow).itemsize)
+        if source.startswith("{"):
+            low, high = (self.read(each, narrow).astype(wide) for each in _names(source))
+            return self._write(target, low | high << bits)
+        value = self.read(source, wide)
+        for name, part in zip(_names(target), (value, value >> bits), strict=True):
+            self._write(name, part.astype(narrow))
+
+    def _convert(self, kinds: list[str], target: str, sources: list[str]) -> None:
+        if kinds == ["rn", "bf16x2", "f32"]:
+            high, low = (_bf16_bits(self.read(each, np.float32)) for each in sources)
+            self._write(target, high << 16 | low)
+        elif kinds == ["rn", "satfinite", "e4m3x2", "f32"]:
+            high, low = (_e4m3_bits(self.read(each, np.float32)) for each in sources)
+            self._write(target, high << np.uint16(8) | low)
+        elif kinds == ["rn", "f16x2", "e4m3x2"]:
+            pair = self.read(sources[0], np.uint16)
+            halves = [e4m3((pair >> np.uint16(shift)).astype(np.uint8)) for shift in (0, 8)]
+            low, high = (each.astype(np.float16).view(np.uint16).astype(np.uint32) for each in halves)
+            self._write(target, high << 16 | low)
+        else:
+            assert kinds == ["f32", "f16"]
+            self._write(target, self.read(sources[0], np.uint16).view(np.float16).astype(np.float32))
 
     def _addresses(self, text: str) -> np.ndarray:
         base, _, offset = text[1:].partition("+")
@@ -161,17 +216,33 @@ class Warpgroup:
         space = self.cluster.shared[self.rank] if ".shared" in name else self.memory
         load = name.startswith("ld")
         registers, place = arguments if load else arguments[::-1]
-        names = registers[1:].replace(" ", "").split(",") if registers.startswith("{") else [registers]
+        names = _names(registers) if registers.startswith("{") else [registers]
+        width = int(re.findall(r"\d+$", name)[0]) // 8
         at = self._addresses(place)
-        assert (at[real] % (4 * len(names)) == 0).all()
+        assert (at[real] % (width * len(names)) == 0).all()
         for n, register in enumerate(names):
-            where = (at + n * 4)[real, None] + np.arange(4)
-            if load:
-                value = np.zeros((self.count, 4), np.uint8)
-                value[real] = space[where]
-                self._write(register, value.view(np.uint32)[:, 0])
-            else:
-                space[where] = self.read(register)[real, None].copy().view(np.uint8)
+            where = (at + n * width)[real, None] + np.arange(width)
+            if not load:
+                kind = np.uint16 if width == 2 else np.uint32
+                space[where] = self.read(register, kind)[real, None].copy().view(np.uint8)
+                continue
+            value = np.zeros((self.count, 4), np.uint8)
+            if not real.all() and register in self.registers:
+                value[:] = self.read(register)[:, None].copy().view(np.uint8)
+            value[real, :width], value[real, width:] = space[where], 0
+            self._write(register, value.view(np.uint32)[:, 0])
+
+    def _store_matrices(self, name: str, arguments: list[str]) -> None:
+        assert ".trans." in name
+        at, shared = self._addresses(arguments[0]), self.cluster.shared[self.rank]
+        for warp in range(self.count // 32):
+            for n, register in enumerate(_names(arguments[1])):
+                # Thread i has row i // 4, columns i % 4 * 2 and the next; thread 8n + i where row i goes.
+                matrix = self.read(register)[32 * warp :][:32].copy().view(np.uint16).reshape(8, 8)
+                for row in range(8):
+                    place = at[32 * warp + 8 * n + row]
+                    assert place % 16 == 0
+                    shared[place : place + 16] = matrix.T[row].copy().view(np.uint8)
 
     def _tell(self, name: str, arguments: list[str], real: np.ndarray) -> None:
         """Barriers, and copies that they hear of; of shared memory, an address says whose it is."""
@@ -265,6 +336,10 @@ class Warpgroup:
             self._write(register, value.astype(np.float32))
 
 
+def _names(vector: str) -> list[str]:
+    return vector[1:].replace(" ", "").split(",")
+
+
 def swizzled(rows: np.ndarray) -> np.ndarray:
     """[rows, 128] bytes as the copy engine puts them into shared memory."""
     at = np.arange(rows.size)
@@ -275,6 +350,11 @@ def swizzled(rows: np.ndarray) -> np.ndarray:
 
 def e4m3(values: np.ndarray) -> np.ndarray:
     return values.view(jnp.float8_e4m3fn).astype(np.float32)
+
+
+def _e4m3_bits(values: np.ndarray) -> np.ndarray:
+    """As a conversion that stays within the finite numbers gives them, 16 bits each."""
+    return np.clip(values, -448, 448).astype(jnp.float8_e4m3fn).view(np.uint8).astype(np.uint16)
 
 
 def _bf16_bits(values: np.ndarray) -> np.ndarray:
