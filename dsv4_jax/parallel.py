@@ -42,7 +42,7 @@ def spread(
 
     Args:
       modules: with parameters in them; each is given its parts of these.
-      arguments: pairs of a tree of arrays and the tree of Along that says how it is split, or a prefix of that.
+      arguments: pairs of a tree of arrays and a tree of Along, or a prefix of it, that says how it is split.
       out: how the result is put together again; axes over which it is not split hold the same everywhere.
 
     Returns:
@@ -224,8 +224,9 @@ def rows_of(tree: Any) -> Any:
 
 
 def settled(tree: Any) -> Any:
-    """The same arrays [B, ...], where `rows_of` says that they lie: always there, so that no program that takes
-    them is compiled twice.
+    """The same arrays [B, ...], where `rows_of` says that they lie.
+
+    Always there, so that no program that takes them is compiled twice.
     """
     return jax.tree.map(lambda along, leaf: constrain(leaf, *along.axes), rows_of(tree), tree)
 

@@ -52,7 +52,7 @@ class Rules:
     expert_hidden: Axes = ("tensor",)
     shared_hidden: Axes = _ALL
     index_heads: Axes = ()  # every device chooses the same entries
-    cache_slots: Axes = ()  # of entries that an indexer chooses from; one key-value head: nothing else to split
+    cache_slots: Axes = ()  # of entries that an indexer chooses from; all heads share one key-value
 
 
 RULES: Mapping[str, Rules] = {
@@ -74,7 +74,7 @@ RULES: Mapping[str, Rules] = {
 }
 DEFAULT_RULES = "tp+ep"
 
-# The table in use beside the mesh of `jax.set_mesh`; part of the key of every cache of jax.jit, as the mesh is.
+# The table in use beside the mesh of `jax.set_mesh`; as that, part of the key of every cache of jax.jit.
 _rules = jax.make_user_context(RULES[DEFAULT_RULES])
 
 _FEWER = ("batch", "vocab")  # split over fewer axes of the mesh where their size does not divide by all
@@ -202,7 +202,7 @@ class Placement(NamedTuple):
       shape: of the whole, with what fills it up at the end of a dimension.
       sharding: how it is split.
       stored: its shape in the checkpoint.
-      pieces: how many devices share each slab of rows, each with an equal piece of the columns (see `source`).
+      pieces: how many devices share each slab of rows, each with a piece of the columns (see `source`).
     """
 
     shape: tuple[int, ...]
@@ -251,7 +251,7 @@ def _place(
     stored: tuple[int, ...],
     numbers: tuple[int, int],
 ) -> Placement:
-    """`numbers`: of the parameter, that an element of this array stands for, along its last two dimensions."""
+    """`numbers`: of the parameter, that an element stands for, along the last two dimensions."""
     per_element = (1,) * (len(stored) - 2) + numbers
     sizes = {axis: size for axis, size in zip(axes, stored, strict=True) if axis in _FEWER}
     rules = resolve(rules, mesh.shape, sizes)

@@ -1,4 +1,4 @@
-"""An official checkpoint folder to a converted one: a layer at a time, and on from there after any interruption."""
+"""An official checkpoint folder to a converted one: layer by layer, and on from there if interrupted."""
 
 import contextlib
 import errno

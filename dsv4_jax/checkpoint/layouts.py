@@ -70,7 +70,7 @@ class Layout:
                     self._join([(*path[: -len(ending)], *each) for each in endings])
 
     def _join(self, paths: list[Path]) -> None:
-        """Joins neighbours among these weights, of which some may be joined already and some not there (yet)."""
+        """Joins neighbours among these weights; some may be joined already, some not there (yet)."""
         for number, path in enumerate(paths):
             before = [each for each in paths[:number] if self.leaves.get(each) is not None]
             arrived = all(each in self.leaves for each in paths[: number + 1])
@@ -91,7 +91,7 @@ class Layout:
     def _changed_by_parts(
         self, values: list[Any], axes: list[Sequence[str | None]], change: Callable[..., tuple[Any, ...]]
     ) -> Sequence[Any]:
-        """What `change` makes of each device's parts; the values as they are, where it is not alike for all."""
+        """What `change` makes of each device's parts; the values as they are, where devices would differ."""
         assert self._mesh is not None
         devices = [each for each in self._mesh.devices.flat if each.process_index == jax.process_index()]
         parts = [change(*_parts_on(device, values)) for device in devices]

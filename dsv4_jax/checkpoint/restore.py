@@ -1,4 +1,4 @@
-"""A converted checkpoint to parameters on the device, or on any mesh: the one it was written from or another."""
+"""A converted checkpoint to parameters on the device, or on any mesh, whatever it was written from."""
 
 import functools
 import math

@@ -63,7 +63,7 @@ def select(
     visible: Int32[Array, "B T"],
     top_k: int,
 ) -> Int32[Array, "B T K"]:
-    """`index_select` among the keys of all devices; entries are numbered through, in the order of the parts."""
+    """`index_select` among the keys of all devices; entries are numbered through, part by part."""
     if parallel.parts(CHOSEN) == 1:
         return index_select(q, keys, weights, visible, top_k)
     slots = keys.shape[1]

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from dsv4_jax import parallel
 from dsv4_jax.sharding import Axes
+from pallas_kernels import current_target
 
 CAPACITY = 128  # at least: more where many tokens go to few devices
 
@@ -29,7 +30,7 @@ def on_owners(
     weights: Float32[Array, "N A"],
     experts_here: int,
 ) -> Float32[Array, "N M"]:
-    """What the experts of these tokens add: a term of a sum over the axes of "experts" that do not split them.
+    """What these tokens' experts add: a term of a sum over the axes of "experts" that do not split tokens.
 
     Args:
       run: (x, experts, weights) to what this device's experts add; it numbers them from 0, and
@@ -41,11 +42,14 @@ def on_owners(
         return run(x, experts, weights)
     traversed = tuple(name for name in owners if name in parallel.axes_of("batch"))
     owner, first = experts // experts_here, parallel.part("experts") * experts_here
+    # The definition leaves out what no expert here is to do; kernels know real experts only, and do it with
+    # weight 0.
+    none = experts_here if current_target().vendor == "cpu" else 0
 
     def here(x: Array, experts: Array, weights: Array) -> Array:
         local = experts - first
         mine = (local >= 0) & (local < experts_here)
-        return run(x, jnp.where(mine, local, experts_here), jnp.where(mine, weights, 0))
+        return run(x, jnp.where(mine, local, none), jnp.where(mine, weights, 0))
 
     if not traversed:
         return here(x, experts, weights)
@@ -53,7 +57,7 @@ def on_owners(
 
 
 def _along(owner: Int32[Array, "N A"], owners: Axes, traversed: Axes) -> Int32[Array, "N A"]:
-    """A device's number along some axes of the mesh, from its number along all that experts are split over."""
+    """A device's number along some axes of the mesh, from that along all that split experts."""
     place, number = jnp.zeros_like(owner), owner
     coordinates = {}
     for name in reversed(owners):

@@ -178,7 +178,7 @@ def collectives(text: str) -> dict[str, dict[str, int]]:
 
 def gathered(text: str, parts: list[tuple[int, ...]]) -> list[str]:
     """All-gathers of more than a megabyte, or of an array that has the shape of a device's part of a weight."""
-    large = set(part for part in parts if len(part) > 1)
+    large = {part for part in parts if len(part) > 1}
     found = []
     for line in text.splitlines():
         match = _COLLECTIVE.search(line)

@@ -1,4 +1,4 @@
-"""Machines that are not here: what XLA has to know of them to compile for them, and its plugins loaded without them."""
+"""Machines that are not here: what XLA has to know of them to compile for them."""
 
 import ctypes
 import dataclasses
@@ -141,7 +141,8 @@ def _load_plugin(platform: str) -> None:
         "rocm": ("jax_plugins.xla_rocm7", "xla_rocm_plugin.so", "jax_rocm7_plugin.rocm_plugin_extension"),
     }[platform]
     spec = importlib.util.find_spec(package)
-    assert spec is not None and spec.submodule_search_locations, f"{package} is not installed"
+    assert spec is not None, f"{package} is not installed"
+    assert spec.submodule_search_locations
     path = Path(spec.submodule_search_locations[0]) / library
     if platform == "rocm":
         _make_rocm_stubs(path, importlib.util.find_spec(extension))

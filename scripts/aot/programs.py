@@ -36,7 +36,7 @@ class ShapeLayout(Layout):
 
         # Whether tiles hold a weight depends on its numbers; those of the released checkpoints fit.
         experts = importlib.import_module("pallas_kernels.expert_mlp")
-        with mock.patch.object(experts, "tileable", lambda weight: True):
+        with mock.patch.object(experts, "tileable", return_value=True):
             parts = jax.eval_shape(change, *jax.tree.map(local, values))
         for path, part in zip(paths, parts, strict=True):
             specs = iter(parameter_specs_of(part, self._axes[path], self._rules))

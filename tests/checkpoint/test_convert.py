@@ -1,4 +1,4 @@
-"""Converted checkpoints: the same parameters on any mesh, whatever interrupts the conversion, and no flipped bit."""
+"""Converted checkpoints: the same parameters on any mesh, whatever interrupts it, and no flipped bit."""
 
 import json
 import random

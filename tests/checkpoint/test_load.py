@@ -272,7 +272,7 @@ def test_parameters_are_the_same_if_only_one_array_fits_the_read_ahead(made_up, 
 
 
 def assert_spread(spread: LoadedModel, whole: LoadedModel) -> None:
-    """Every device has what its rules say of each array, zeros where it has room for more, and nothing else."""
+    """Every device has what its rules say of each array, and zeros where it has room for more."""
     for parameter in parameters(spread.config, mtp=True):
         there, here = (
             functools.reduce(lambda tree, key: tree[key], parameter.path, tree)
@@ -357,7 +357,7 @@ def test_a_mesh_that_does_not_divide_the_model_is_refused(made_up):
 
 
 def test_rules_that_do_not_exist_are_refused_with_those_that_do(made_up):
-    with pytest.raises(MemoryPlanError, match="'pp'.*have tp\\+ep, tp, ep, dp-attention, context") as caught:
+    with pytest.raises(MemoryPlanError, match=r"'pp'.*have tp\+ep, tp, ep, dp-attention, context") as caught:
         load(made_up, mesh=make_mesh(tp=2), rules="pp")
 
     assert caught.value.exit_code == 2

@@ -1,4 +1,4 @@
-"""The model spread over eight made-up devices on a CPU: same logits, same tokens, whatever the mesh and rules."""
+"""The model spread over eight made-up devices: same logits and tokens, whatever the mesh and the rules."""
 
 import dataclasses
 from pathlib import Path
