@@ -115,7 +115,7 @@ def tiny_fp4(load_golden: Callable[[str], Golden]) -> Golden:
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A made-up checkpoint with two layers, one of each kind that compresses, and its MTP head.
 
-    It splits in many ways: eight heads in four groups, sixteen experts, and three blocks of an expert's columns.
+    It splits in many ways: eight heads in four groups, sixteen experts, three blocks of an expert's columns.
     """
     config = dataclasses.replace(
         TINY,

@@ -60,7 +60,7 @@ def side_by_side(
 class BlockDiagonalLinear(Linear):
     """`wo_a`: each group of heads has its own rows; the released model gives it unquantised activations."""
 
-    def __call__(
+    def __call__(  # type: ignore[override]
         self, x: Float[Array, "*tokens groups in"], *, partial: bool = False
     ) -> Float[Array, "*tokens groups out"]:
         return block_diagonal_matmul(x, self.weight.get_value(), out_dtype=self._out_dtype(partial))

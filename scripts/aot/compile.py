@@ -112,6 +112,7 @@ def compile_case(case: Case, arguments: argparse.Namespace):
     with on_mesh(mesh, rules), assume(case.machine.target):
         params = programs.parameter_shapes(config, mesh, rules, case.machine.target)
         sizes = arguments.slots, arguments.max_len
+        allowed = 16 * arguments.slots * count  # for each row and device a few numbers
         for program in ("decode", "prefill"):
             begin = time.perf_counter()
             if program == "decode":
@@ -141,7 +142,7 @@ def compile_case(case: Case, arguments: argparse.Namespace):
                 "arguments_gib": round(memory.argument_size_in_bytes / 2**30, 2),
                 "workspace_gib": round(memory.temp_size_in_bytes / 2**30, 3),
                 "collectives": collectives(text),
-                "gathered": gathered(text, shards(params)),
+                "gathered": gathered(text, allowed) if program == "decode" else [],
                 "kernel_calls": text.count(f'custom_call_target="{machines.KERNEL}"')
                 + text.count("mosaic_gpu"),
                 "kernels": len(kernels),
@@ -176,19 +177,14 @@ def collectives(text: str) -> dict[str, dict[str, int]]:
     return dict(found)
 
 
-def gathered(text: str, parts: list[tuple[int, ...]]) -> list[str]:
-    """All-gathers of more than a megabyte, or of an array that has the shape of a device's part of a weight."""
-    large = {part for part in parts if len(part) > 1}
-    found = []
-    for line in text.splitlines():
-        match = _COLLECTIVE.search(line)
-        if match and match["op"] == "all-gather":
-            operands = {
-                tuple(map(int, size.split(","))) for _, size in _ARRAY.findall(match["shape"]) if size
-            }
-            if _result_bytes(match) > 2**20 or operands & large:
-                found.append(line.strip()[:160])
-    return found
+def gathered(text: str, allowed: int) -> list[str]:
+    """All-gathers of more than so many bytes: of weights or caches, as candidates for a token are few."""
+    matches = ((line, _COLLECTIVE.search(line)) for line in text.splitlines())
+    return [
+        line.strip()[:160]
+        for line, match in matches
+        if match and match["op"] == "all-gather" and _result_bytes(match) > allowed
+    ]
 
 
 def _result_bytes(match: re.Match[str]) -> int:

@@ -15,7 +15,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX finds the plugins
 import jax
 import jax.numpy as jnp
 from jax._src import xla_bridge
-from jax._src.lib import xla_client
+from jax._src.lib import xla_client  # type: ignore[attr-defined]
 from jax.experimental import topologies
 from jax.interpreters import mlir
 
@@ -182,7 +182,7 @@ def compile_kernels_for(machine: Machine) -> dict[Any, float]:
             triton_call.compile_offline(launch, machine.target.arch)
             seconds[launch] = time.perf_counter() - begin
         aliases = dict(params["aliases"])
-        rule = jax.ffi.ffi_lowering(KERNEL, api_version=2, backend_config=b"", operand_output_aliases=aliases)
+        rule = jax.ffi.ffi_lowering(KERNEL, api_version=2, backend_config="", operand_output_aliases=aliases)
         return rule(ctx, *args)
 
     # Nothing runs, but XLA wants to know that there is something to call.

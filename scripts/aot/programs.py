@@ -39,17 +39,20 @@ class ShapeLayout(Layout):
         with mock.patch.object(experts, "tileable", return_value=True):
             parts = jax.eval_shape(change, *jax.tree.map(local, values))
         for path, part in zip(paths, parts, strict=True):
-            specs = iter(parameter_specs_of(part, self._axes[path], self._rules))
+            specs = parameter_specs_of(part, self._axes[path], self._rules)
+            leaves, tree = jax.tree.flatten(part)
+            whole = [
+                _whole(leaf, NamedSharding(mesh, each)) for leaf, each in zip(leaves, specs, strict=True)
+            ]
+            self.leaves[path] = jax.tree.unflatten(tree, whole)
 
-            def whole(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-                sharding = NamedSharding(mesh, next(specs))
-                one = sharding.shard_shape(tuple(size * mesh.size for size in leaf.shape))
-                shape = [
-                    size * size * mesh.size // whole for size, whole in zip(leaf.shape, one, strict=True)
-                ]
-                return jax.ShapeDtypeStruct(tuple(shape), leaf.dtype, sharding=sharding)
 
-            self.leaves[path] = jax.tree.map(whole, part)
+def _whole(part: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    """The array of which each device has a part of this shape."""
+    large = tuple(size * sharding.mesh.size for size in part.shape)
+    ways = [size // one for size, one in zip(large, sharding.shard_shape(large), strict=True)]
+    shape = tuple(size * times for size, times in zip(part.shape, ways, strict=True))
+    return jax.ShapeDtypeStruct(shape, part.dtype, sharding=sharding)
 
 
 def parameter_shapes(config: Config, mesh: Mesh, rules: Rules, target: Target) -> Params:
@@ -89,22 +92,17 @@ def _laid_out(tree: Any) -> Any:
     return jax.tree.map(place, rows_of(tree), tree)
 
 
-def _vocab(along: Along, leaf: jax.ShapeDtypeStruct) -> tuple[str, ...]:
-    return ("vocab",) if "vocab" in along.axes and leaf.size else ()
-
-
 def decode_step(config: Config, numerics: Numerics, params: Params, batch: int, max_len: int) -> Any:
     """A decode step of `batch` sequences that draw their tokens, traced; to be called inside of `on_mesh`."""
 
     def run(params: Params, requests: Requests, sequences: Sequences) -> Any:
         return step(Models(bind(config, numerics, params)), requests, sequences, config.eos_token_id)
 
-    def rows(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+    def rows(dtype: Any, *shape: int) -> Any:
         return jax.ShapeDtypeStruct((batch, *shape), dtype)
 
     one = jax.eval_shape(lambda: Requests.stack([SamplingParams()]))
     requests = jax.tree.map(lambda leaf: rows(leaf.dtype, *leaf.shape[1:]), one)
-    requests = dataclasses.replace(requests, sampling=dataclasses.replace(requests.sampling, kind="whole"))
     caches = Caches(jax.eval_shape(lambda: make_cache(config, numerics, batch=batch, max_len=max_len)))
     number, nothing = rows(jnp.int32), rows(jnp.float32, 0, config.vocab_size)
     sequences = Sequences(number, number, rows(jnp.int32, 0), nothing, number, rows(jnp.bool), caches)
