@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from dsv4_jax.config import Config
 from dsv4_jax.errors import EXIT_USAGE, MemoryPlanError
@@ -93,6 +93,13 @@ def on_mesh(mesh: Mesh | None, rules: Rules | str = DEFAULT_RULES) -> Iterator[N
         yield
         return
     with jax.set_mesh(mesh), _rules(find_rules(rules)):
+        yield
+
+
+@contextmanager
+def under_rules(mesh: AbstractMesh, rules: Rules) -> Iterator[None]:
+    """As `on_mesh`, for a mesh of devices that need not exist: to ask for shapes."""
+    with jax.sharding.use_abstract_mesh(mesh), _rules(rules):
         yield
 
 

@@ -33,7 +33,7 @@ LEVELS = [
     ["chat.*", "stops"],
     ["prompts"],
     ["llm"],
-    ["batch", "selftest"],
+    ["batch", "plan", "selftest"],
     ["evaluation.*"],
     ["cli.*"],
     ["__main__"],

@@ -62,7 +62,7 @@ class Layout:
         if path[-2] == "experts":
             paths = [(*path[:-1], name) for name in _EXPERTS]
             if all(each in self.leaves for each in paths):
-                self._change(paths, lambda *stacks: prepare_experts(*stacks, self._target))
+                self._change(paths, lambda w1, w2, w3: prepare_experts(w1, w2, w3, self._target))
         for names in _TOGETHER:
             endings = [(*name.split("."), "weight") for name in names]
             for ending in endings:
@@ -75,7 +75,7 @@ class Layout:
             before = [each for each in paths[:number] if self.leaves.get(each) is not None]
             arrived = all(each in self.leaves for each in paths[: number + 1])
             if before and arrived and self.leaves[path] is not None:
-                self._change([before[-1], path], lambda *pair: join_rows(*pair, self._target))
+                self._change([before[-1], path], lambda one, two: join_rows(one, two, self._target))
 
     def _change(self, paths: list[Path], change: Callable[..., tuple[Any, ...]]) -> None:
         """Puts what `change` makes of these parameters in their places."""
@@ -133,7 +133,7 @@ def assemble(
     return params, heads[0] if heads else None
 
 
-def _parts_on(device: jax.Device, values: list[Any]) -> list[Any]:
+def _parts_on(device: Any, values: list[Any]) -> list[Any]:
     def part(array: jax.Array) -> jax.Array:
         return next(shard.data for shard in array.addressable_shards if shard.device == device)
 

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import jax
 
-from dsv4_jax.cli import bench, chat, doctor, evaluate, generate, inspect, ppl, warmup
+from dsv4_jax.cli import bench, chat, convert, doctor, evaluate, generate, inspect, plan, ppl, warmup
 from dsv4_jax.cli.processes import join
 from dsv4_jax.cli.talk import complain, warn
 from dsv4_jax.distributed import leave, lost_a_peer
@@ -22,7 +22,8 @@ from dsv4_jax.errors import (
     MemoryPlanError,
 )
 
-COMMANDS = (inspect, warmup, generate, chat, evaluate, ppl, bench, doctor)  # each has `add`, which sets `run`
+# Each has `add`, which sets `run`.
+COMMANDS = (inspect, plan, convert, warmup, generate, chat, evaluate, ppl, bench, doctor)
 
 _EXAMPLES = """examples:
   dsv4-jax inspect CHECKPOINT

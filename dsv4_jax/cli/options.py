@@ -187,7 +187,7 @@ def _mesh(sizes: dict[str, int]) -> Mesh | None:
     """The mesh of these sizes; of several processes all devices are in it, or some would stand idle."""
     if not sizes and jax.process_count() == 1:
         return None
-    mesh = make_mesh(**sizes)
+    mesh = make_mesh(sizes.get("dp", 1), sizes.get("ep", 1), sizes.get("tp", 1))
     if mesh.size < jax.device_count() and jax.process_count() > 1:
         raise MemoryPlanError(
             f"--mesh of {mesh.size} devices leaves {jax.device_count() - mesh.size} of"

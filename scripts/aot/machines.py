@@ -1,10 +1,14 @@
 """Machines that are not here: what XLA has to know of them to compile for them."""
 
+import collections
 import ctypes
 import dataclasses
 import functools
 import importlib.util
 import os
+import re
+import subprocess
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -145,7 +149,10 @@ def _load_plugin(platform: str) -> None:
     assert spec.submodule_search_locations
     path = Path(spec.submodule_search_locations[0]) / library
     if platform == "rocm":
-        _make_rocm_stubs(path, importlib.util.find_spec(extension))
+        found = importlib.util.find_spec(extension)
+        assert found is not None, f"{extension} is not installed"
+        assert found.origin
+        _make_rocm_stubs(path, Path(found.origin))
     xla_bridge.discover_pjrt_plugins = lambda: None  # would look for the driver
     for factories in (xla_bridge._backend_factories, xla_bridge._topology_factories):
         factories.pop(platform, None)
@@ -159,6 +166,76 @@ def _load_plugin(platform: str) -> None:
         xla_client.register_custom_type(each, value, platform=name)
     for each, value in calls.ffi_handlers().items():
         xla_client.register_custom_call_target(each, value, platform=name, api_version=1)
+
+
+def _make_rocm_stubs(*libraries: Path) -> None:
+    """Loads libraries in place of ROCm's, with the names that these need; their functions do nothing."""
+    folder = Path(tempfile.mkdtemp(prefix="rocm-stubs-"))
+    needed: set[str] = set()
+    versions: dict[str, set[str]] = collections.defaultdict(set)  # by library
+    versioned: dict[str, set[str]] = collections.defaultdict(set)  # functions, by version
+    plain: set[str] = set()
+    for library in libraries:
+        dynamic, wanted, symbols = (
+            subprocess.run(
+                ["readelf", "-W", option, library], capture_output=True, text=True, check=True
+            ).stdout
+            for option in ("-d", "-V", "--dyn-syms")
+        )
+        needed |= set(re.findall(r"NEEDED.*\[(.*?)\]", dynamic))
+        owner = ""
+        for line in wanted.splitlines():
+            if found := re.search(r"File: (\S+)", line):
+                owner = found[1]
+            if owner and (found := re.search(r"Name: (\S+)\s+Flags", line)):
+                versions[owner].add(found[1])
+        for line in symbols.splitlines():
+            columns = line.split()
+            if len(columns) >= 8 and columns[6] == "UND" and columns[4] == "GLOBAL":
+                name, _, version = columns[7].partition("@")
+                (versioned[version.strip("@")] if version else plain).add(name)
+    system = ("libc.so", "libm.so", "libdl.so", "libpthread", "librt.so", "ld-linux", "libstdc++", "libgcc")
+    for name in sorted(each for each in needed if not each.startswith(system)):
+        prefix = next((each for start, each in _ROCM_PREFIXES.items() if name.startswith(start)), None)
+        own = {each for each in plain if prefix and each.startswith(prefix)}
+        script = []
+        for version in sorted(versions[name]):
+            own |= versioned[version]
+            script.append(
+                f"{version} {{ global: {' '.join(each + ';' for each in sorted(versioned[version]))} }};"
+            )
+        source, names = folder / "stub.c", [each for each in sorted(own) if re.fullmatch(r"\w+", each)]
+        source.write_text("\n".join(_stub(each) for each in names) + "\nint dsv4_stub;\n")
+        command = ["gcc", "-shared", "-fPIC", "-w", f"-Wl,-soname,{name}", source, "-o", folder / name]
+        if script:
+            (folder / "stub.map").write_text("\n".join(script))
+            command.append(f"-Wl,--version-script={folder / 'stub.map'}")
+        subprocess.run(command, check=True)
+        ctypes.CDLL(str(folder / name), mode=ctypes.RTLD_GLOBAL)
+
+
+# What functions of a library are called, where they have no version.
+_ROCM_PREFIXES = {
+    "libhipblaslt": "hipblasLt",
+    "librocblas": "rocblas_",
+    "libhipfft": "hipfft",
+    "libMIOpen": "miopen",
+    "librccl": "nccl",
+    "librocm_smi64": "rsmi_",
+    "librocprofiler-sdk": "rocprofiler_",
+    "libamdhip64": "hip",
+    "libhipsolver": "hipsolver",
+    "libhipblas.": "hipblas",
+    "libhipsparse": "hipsparse",
+    "libroctx": "roctx",
+}
+
+
+def _stub(name: str) -> str:
+    """In C: a function that says that there is no device (100)."""
+    if "ErrorString" in name or "ErrorName" in name:
+        return f'const char* {name}(int e) {{ return "no ROCm here"; }}'
+    return f"int {name}(void) {{ return 100; }}"
 
 
 def compile_kernels_for(machine: Machine) -> dict[Any, float]:

@@ -1,6 +1,5 @@
 """The programs of a serving mesh, as shapes: parameters, caches, a prefill piece and a decode step."""
 
-import dataclasses
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -82,10 +81,9 @@ def _laid_out(tree: Any) -> Any:
     mesh = jax.sharding.get_mesh()
 
     def place(along: Along, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        sizes = {axis: size for axis, size in zip(along.axes, leaf.shape, strict=False) if axis == "batch"}
-        rules = resolve(
-            current_rules(), mesh.shape, sizes | dict.fromkeys(_vocab(along, leaf), leaf.shape[-1])
-        )
+        pairs = zip(along.axes, leaf.shape, strict=False)
+        sizes = {axis: size for axis, size in pairs if axis in ("batch", "vocab")}
+        rules = resolve(current_rules(), mesh.shape, sizes)
         sharding = NamedSharding(mesh, spec(*along.axes, rules=rules))
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 

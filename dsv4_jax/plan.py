@@ -1,0 +1,220 @@
+"""What a model takes of each device's memory, part by part, before there is any device."""
+
+import dataclasses
+import html
+import math
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, AxisType
+
+from dsv4_jax.cache import Cache, make_cache
+from dsv4_jax.checkpoint.names import parameters
+from dsv4_jax.config import Config
+from dsv4_jax.mtp import make_mtp_cache
+from dsv4_jax.numerics import Numerics
+from dsv4_jax.parallel import Along
+from dsv4_jax.sharding import (
+    MESH_AXES,
+    Placement,
+    Rules,
+    check_mesh,
+    placements,
+    resolve,
+    spec,
+    under_rules,
+)
+
+PIECE = 512  # tokens of a prompt that are read at once
+_MOST_SLOTS = 2**16
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of one device, and what fits beside them.
+
+    Attributes:
+      parts: "experts", "dense", "window", "entries", "index keys", "raw rows" and "workspace", in bytes.
+      device_nbytes: what a device has.
+      slots, max_len: requests under way, and tokens that each may have.
+      most_slots: requests of `max_len` tokens that fit; 0 if none does.
+      longest: tokens that each of `slots` requests may have; 0 if none.
+    """
+
+    parts: dict[str, int]
+    device_nbytes: int
+    slots: int
+    max_len: int
+    most_slots: int
+    longest: int
+
+    @property
+    def nbytes(self) -> int:
+        """Of everything."""
+        return sum(self.parts.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.nbytes <= self.device_nbytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON takes it."""
+        return dataclasses.asdict(self) | {"nbytes": self.nbytes, "fits": self.fits}
+
+    def lines(self) -> list[str]:
+        """A table."""
+        rows = [*self.parts.items(), ("all", self.nbytes), ("device", self.device_nbytes)]
+        free = (self.device_nbytes - self.nbytes) / 2**30
+        verdict = f"fits, {free:.1f} GiB are left" if self.fits else f"does not fit: {-free:.1f} GiB too much"
+        return [
+            *(f"{name:<12}{size / 2**30:>9.2f} GiB" for name, size in rows),
+            f"{self.slots} requests of {self.max_len:,} tokens: {verdict}",
+            f"most requests of {self.max_len:,} tokens: {self.most_slots:,}",
+            f"longest of {self.slots} requests: {self.longest:,} tokens",
+        ]
+
+    def svg(self) -> str:
+        """A bar of the parts, and a line where the device ends."""
+        width, height, scale = 720, 120, 640 / max(self.nbytes, self.device_nbytes)
+        shapes, x = [], 40.0
+        for (name, size), colour in zip(self.parts.items(), _COLOURS, strict=True):
+            label = f"{html.escape(name)} {size / 2**30:.2f} GiB"
+            shapes.append(
+                f'<rect x="{x:.1f}" y="40" width="{size * scale:.1f}" height="40" fill="{colour}">'
+                f"<title>{label}</title></rect>"
+            )
+            if size * scale > 60:
+                shapes.append(f'<text x="{x + 4:.1f}" y="64">{html.escape(name)}</text>')
+            x += size * scale
+        end = 40 + self.device_nbytes * scale
+        shapes.append(f'<line x1="{end:.1f}" x2="{end:.1f}" y1="30" y2="90" stroke="black"/>')
+        title = f"{self.nbytes / 2**30:.1f} of {self.device_nbytes / 2**30:.0f} GiB a device"
+        return (
+            f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}"'
+            f' font-family="sans-serif" font-size="12"><text x="40" y="20">{title}</text>'
+            f"{''.join(shapes)}</svg>\n"
+        )
+
+
+_COLOURS = ("#4e79a7", "#76b7b2", "#f28e2b", "#e15759", "#edc948", "#b07aa1", "#bab0ac")
+
+
+def plan_memory(
+    config: Config,
+    sizes: tuple[int, int, int],
+    rules: Rules,
+    numerics: Numerics,
+    *,
+    slots: int,
+    max_len: int,
+    device_nbytes: int,
+    mtp: bool = False,
+) -> MemoryPlan:
+    """The plan of a mesh of dp x ep x tp devices.
+
+    Raises:
+      MemoryPlanError: the model cannot be split so; exit code 2.
+    """
+    mesh = AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    check_mesh(config, mesh.shape, rules)
+    weights = _weights(config, mesh, rules, mtp=mtp)
+
+    def total(slots: int, max_len: int) -> int:
+        caches = _caches(config, mesh, rules, numerics, slots, max_len, mtp=mtp)
+        return sum((weights | caches).values()) + _workspace(config, mesh, rules, slots, max_len)
+
+    def most(fits, limit: int) -> int:
+        """The largest number up to `limit` that fits, of those that are 0 or at least 1."""
+        low, high = 0, limit
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle - 1)
+        return low
+
+    parts = weights | _caches(config, mesh, rules, numerics, slots, max_len, mtp=mtp)
+    parts["workspace"] = _workspace(config, mesh, rules, slots, max_len)
+    return MemoryPlan(
+        parts=parts,
+        device_nbytes=device_nbytes,
+        slots=slots,
+        max_len=max_len,
+        most_slots=most(lambda number: total(number, max_len) <= device_nbytes, _MOST_SLOTS),
+        longest=most(lambda number: total(slots, number) <= device_nbytes, config.max_position_embeddings),
+    )
+
+
+def _weights(config: Config, mesh: AbstractMesh, rules: Rules, *, mtp: bool) -> dict[str, int]:
+    parts = {"experts": 0, "dense": 0}
+    for parameter in parameters(config, mtp=mtp and config.draft == "mtp"):
+        places = placements(config, mesh, rules, parameter.axes, parameter.value)  # type: ignore[arg-type]
+        found = jax.tree.leaves(places, is_leaf=lambda each: isinstance(each, Placement))
+        for place, leaf in zip(found, jax.tree.leaves(parameter.value), strict=True):
+            shape = place.sharding.shard_shape(place.shape)
+            parts["experts" if "experts" in parameter.path else "dense"] += (
+                math.prod(shape) * leaf.dtype.itemsize
+            )
+    return parts
+
+
+def _caches(
+    config: Config,
+    mesh: AbstractMesh,
+    rules: Rules,
+    numerics: Numerics,
+    slots: int,
+    max_len: int,
+    *,
+    mtp: bool,
+) -> dict[str, int]:
+    parts = {"window": 0, "entries": 0, "index keys": 0, "raw rows": 0}
+    sizes = {"batch": slots, "max_len": max_len, "max_draft": 0}
+
+    def empty() -> Cache:
+        head = (make_mtp_cache(config, numerics, **sizes),) if mtp else ()
+        return (*make_cache(config, numerics, **sizes), *head)
+
+    with under_rules(mesh, rules):
+        layers = jax.eval_shape(empty)
+    for layer in layers:
+        axes = layer.axes
+        pairs = [("window", layer.window, axes.window)]
+        for name, kept, along in (
+            ("entries", layer.compressed, axes.compressed),
+            ("index keys", layer.index, axes.index),
+        ):
+            if kept is not None:
+                pairs.append((name, kept.entries, along.entries))
+                pairs.append(("raw rows", (kept.kv, kept.score), (along.kv, along.score)))
+        for name, tree, along in pairs:
+            parts[name] += _part_nbytes(tree, along, mesh, rules)
+    return parts
+
+
+def _part_nbytes(tree: Any, along: Any, mesh: AbstractMesh, rules: Rules) -> int:
+    def of_leaf(along: Along, leaf: jax.ShapeDtypeStruct) -> int:
+        own = resolve(rules, mesh.shape, {"batch": leaf.shape[0]})
+        split = spec(*along.axes, rules=own)
+        ways = [
+            math.prod(mesh.shape[name] for name in ((axis,) if isinstance(axis, str) else axis or ()))
+            for axis in split
+        ]
+        return leaf.size // math.prod(ways) * leaf.dtype.itemsize
+
+    return sum(jax.tree.leaves(jax.tree.map(of_leaf, along, tree)))
+
+
+def _workspace(config: Config, mesh: AbstractMesh, rules: Rules, slots: int, max_len: int) -> int:
+    """What a program keeps beside its arguments: that of a decode step, or of a piece of a prompt.
+
+    The largest arrays that are alive together: streams before and after, what the experts of all tokens
+    give, and logits; held against XLA's own analysis in docs/benchmarks.md.
+    """
+
+    def of_rows(rows: int, tokens: int) -> int:
+        count = rows * tokens
+        streams = 3 * count * config.hc_mult * config.hidden_size * 2
+        pairs = count * config.num_experts_per_tok * config.hidden_size * 2
+        logits = 2 * rows * config.vocab_size * 4
+        return streams + pairs + logits
+
+    return max(of_rows(slots, 1), of_rows(1, min(PIECE, max_len)))
