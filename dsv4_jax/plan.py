@@ -1,5 +1,6 @@
 """What a model takes of each device's memory, part by part, before there is any device."""
 
+import collections
 import dataclasses
 import html
 import math
@@ -8,10 +9,9 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, AxisType
 
-from dsv4_jax.cache import Cache, make_cache
+from dsv4_jax.cache import LayerCache
 from dsv4_jax.checkpoint.names import parameters
 from dsv4_jax.config import Config
-from dsv4_jax.mtp import make_mtp_cache
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.parallel import Along
 from dsv4_jax.sharding import (
@@ -168,14 +168,10 @@ def _caches(
 ) -> dict[str, int]:
     parts = {"window": 0, "entries": 0, "index keys": 0, "raw rows": 0}
     sizes = {"batch": slots, "max_len": max_len, "max_draft": 0}
-
-    def empty() -> Cache:
-        head = (make_mtp_cache(config, numerics, **sizes),) if mtp else ()
-        return (*make_cache(config, numerics, **sizes), *head)
-
-    with under_rules(mesh, rules):
-        layers = jax.eval_shape(empty)
-    for layer in layers:
+    layers = collections.Counter(config.main_ratios) + collections.Counter({0: int(mtp)})
+    for ratio, count in layers.items():
+        with under_rules(mesh, rules):
+            layer = jax.eval_shape(lambda ratio=ratio: LayerCache.zeros(config, numerics, ratio, **sizes))
         axes = layer.axes
         pairs = [("window", layer.window, axes.window)]
         for name, kept, along in (
@@ -186,7 +182,7 @@ def _caches(
                 pairs.append((name, kept.entries, along.entries))
                 pairs.append(("raw rows", (kept.kv, kept.score), (along.kv, along.score)))
         for name, tree, along in pairs:
-            parts[name] += _part_nbytes(tree, along, mesh, rules)
+            parts[name] += count * _part_nbytes(tree, along, mesh, rules)
     return parts
 
 
