@@ -1,6 +1,5 @@
 """The programs of a serving mesh, as shapes: parameters, caches, a prefill piece and a decode step."""
 
-import dataclasses
 import importlib
 from collections.abc import Callable
 from typing import Any
