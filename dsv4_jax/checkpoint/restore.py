@@ -82,7 +82,8 @@ def _stored(
 ) -> Iterator[Parameter]:
     """The parameters of a piece in the formats that they were written in."""
     try:
-        tree = checkpointer.metadata(folder / piece).item_metadata.tree
+        metadata: Any = checkpointer.metadata(folder / piece).item_metadata
+        tree = metadata.tree
     except Exception as error:  # whatever orbax and what is below it raise on a damaged file
         raise CheckpointError(f"{folder / piece}: cannot be read: {_first_line(error)}") from error
     for parameter in inside:
