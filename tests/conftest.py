@@ -58,8 +58,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
     """After a file's tests compiled programs go, once there are many.
 
-    Each program maps memory, and Linux lets a process have 65,530 maps by default: beyond, XLA's compiler ends
-    the process.
+    Each program maps memory, and Linux lets a process have 65,530 maps by default: beyond, XLA's compiler
+    ends the process.
     """
     if nextitem is not None and nextitem.path == item.path:
         return
