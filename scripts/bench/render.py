@@ -54,7 +54,7 @@ def main() -> int:
     )
     parser.add_argument("--check", action="store_true", help="write nothing, only compare")
     check = parser.parse_args().check
-    page = render(results(), targets())
+    page = render(results(), targets()) + render_compiled(compiled())
     if not check:
         PAGE.write_text(page)
         print(f"{PAGE} written")
@@ -72,6 +72,42 @@ def results() -> list[Row]:
 
 def targets() -> list[Row]:
     return json.loads((HERE / "targets.json").read_text())
+
+
+def compiled() -> list[Row]:
+    """The rows of programs that were compiled for machines that are not here."""
+    path = HERE.parent / "aot" / "results.json"
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+COMPILED = """
+## Compiled for machines that are not here
+
+By `scripts/aot/compile.py`: whole released models, parameters and caches as shapes, {slots} requests of {max_len}
+tokens; XLA's own memory analysis, bytes of one device. Nothing of this has run. A decode step gathers neither
+weights nor caches, which the script asserts on the compiled text; sums are those of layers and of drawing a token.
+
+| case | program | devices | GiB a device | weights | workspace | sums | gathers | exchanges | compiled in s |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
+"""
+
+
+def render_compiled(rows: Sequence[Row]) -> str:
+    """A table of these rows; nothing if there are none."""
+    if not rows:
+        return ""
+    lines = []
+    for row in rows:
+        counts = [_exchanged(row, name) for name in ("all-reduce", "all-gather", "all-to-all")]
+        sizes = [f"{row[name]:.2f}" for name in ("gib", "parameters_gib", "workspace_gib")]
+        cells = [row["case"], row["program"], row["devices"], *sizes, *counts, f"{row['compile_s']:.0f}"]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return COMPILED.format(**rows[0]) + "\n".join(lines) + "\n"
+
+
+def _exchanged(row: Row, name: str) -> str:
+    found = row["collectives"].get(name)
+    return f"{found['count']} ({found['nbytes'] / 2**20:.2f} MiB)" if found else ""
 
 
 def render(rows: Sequence[Row], targets: Sequence[Row]) -> str:
