@@ -46,6 +46,8 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["XLA_FLAGS"] = " ".join([users, *added])
     # In the environment too, for the commands that tests start. What the user says goes first.
     jax.config.update("jax_platforms", os.environ.setdefault("JAX_PLATFORMS", "cpu"))
+    # Barriers of Pallas' interpreter block threads of JAX's pool, one for each core: with few, all do.
+    os.environ.setdefault("NPROC", "32")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
