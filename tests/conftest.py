@@ -20,6 +20,7 @@ from dsv4_jax.checkpoint.synthetic import write_checkpoint
 from dsv4_jax.config import TINY, Config
 
 TESTS = Path(__file__).parent
+MOST_MAPS = 20_000  # of a process's memory, at the end of a file
 
 # The tests run tiny programs once, so compiling them well costs more than it saves; eight fake devices make
 # meshes. What the user's own XLA_FLAGS say goes first.
@@ -45,6 +46,8 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["XLA_FLAGS"] = " ".join([users, *added])
     # In the environment too, for the commands that tests start. What the user says goes first.
     jax.config.update("jax_platforms", os.environ.setdefault("JAX_PLATFORMS", "cpu"))
+    # Barriers of Pallas' interpreter block threads of JAX's pool, one for each core: with few, all do.
+    os.environ.setdefault("NPROC", "32")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -52,6 +55,19 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
         refuse = pytest.fail if _wants_gpu(item.config) else pytest.skip
         refuse("needs a GPU, and JAX sees none")
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """After a file's tests compiled programs go, once there are many.
+
+    Each program maps memory, and Linux lets a process have 65,530 maps by default: beyond, XLA's compiler
+    ends the process.
+    """
+    if nextitem is not None and nextitem.path == item.path:
+        return
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
+        jax.clear_caches()
 
 
 @dataclasses.dataclass(frozen=True)

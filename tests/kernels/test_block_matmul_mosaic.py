@@ -6,7 +6,6 @@ plain product. What the instructions compute is checked on a GPU alone.
 
 import functools
 import math
-import os
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +19,6 @@ plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
 from pallas_kernels.block_matmul import mosaic  # noqa: E402
 from pallas_kernels.block_matmul.mosaic import Plan  # noqa: E402
 from pallas_kernels.block_matmul.mosaic_config import TILES, Many, Shape  # noqa: E402
-
-# The interpreter's barriers block threads of JAX's pool, which has one for each core: with few, all do.
-os.environ.setdefault("NPROC", "32")
-
 
 # --- it lowers
 

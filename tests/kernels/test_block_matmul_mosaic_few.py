@@ -5,7 +5,6 @@ core, the table of scales, and what the programs of a cluster send each other. T
 """
 
 import functools
-import os
 from typing import Any
 
 import jax
@@ -20,10 +19,6 @@ from pallas_kernels.block_matmul import reference
 plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
 from pallas_kernels.block_matmul import mosaic_few  # noqa: E402
 from pallas_kernels.block_matmul.mosaic_config import PADDING, Few  # noqa: E402
-
-# The interpreter's barriers block threads of JAX's pool, which has one for each core: with few, all do.
-os.environ.setdefault("NPROC", "32")
-
 
 # --- it lowers
 

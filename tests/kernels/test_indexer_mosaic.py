@@ -5,7 +5,6 @@ Mosaic's interpreter, with plain functions in place of the PTX.
 """
 
 import functools
-import os
 from typing import Any
 
 import jax
@@ -24,8 +23,6 @@ from pallas_kernels.indexer.queries import TiledQueries, tile_queries
 plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
 mosaic = pytest.importorskip("pallas_kernels.indexer.mosaic")
 ptx = pytest.importorskip("pallas_kernels.indexer.mosaic_ptx")
-# The interpreter's barriers block threads of JAX's pool, which has one for each core: with few, all do.
-os.environ.setdefault("NPROC", "32")
 
 Config = mosaic.Config
 H200 = Target("cuda", "sm_90")

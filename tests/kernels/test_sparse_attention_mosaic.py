@@ -4,8 +4,6 @@ The interpreter runs everything but our own PTX and sums that stay in the tensor
 these tests put plain JAX. What these compute is checked on a GPU alone, in `test_sparse_attention.py`.
 """
 
-import os
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,8 +22,6 @@ mosaic = pytest.importorskip("pallas_kernels.sparse_attention.mosaic")
 mosaic_kernel = pytest.importorskip("pallas_kernels.sparse_attention.mosaic_kernel")
 ptx = pytest.importorskip("pallas_kernels.sparse_attention.mosaic_ptx")
 texts = pytest.importorskip("pallas_kernels.sparse_attention.mosaic_texts")
-# The interpreter's barriers block threads of JAX's pool, which has one for each core: with few, all do.
-os.environ.setdefault("NPROC", "32")
 
 H200 = Target("cuda", "sm_90")
 
