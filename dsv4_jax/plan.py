@@ -23,6 +23,7 @@ from dsv4_jax.sharding import (
     resolve,
     spec,
     under_rules,
+    ways,
 )
 
 PIECE = 512  # tokens of a prompt that are read at once
@@ -120,8 +121,13 @@ def plan_memory(
     weights = _weights(config, mesh, rules, mtp=mtp)
 
     def total(slots: int, max_len: int) -> int:
+        return sum(parts_of(slots, max_len).values())
+
+    def parts_of(slots: int, max_len: int) -> dict[str, int]:
         caches = _caches(config, mesh, rules, numerics, slots, max_len, mtp=mtp)
-        return sum((weights | caches).values()) + _workspace(config, mesh, rules, slots, max_len)
+        rows = slots // ways(resolve(rules, mesh.shape, {"batch": slots}).batch, mesh.shape)
+        a_slot = sum(caches.values()) // max(rows, 1)
+        return weights | caches | {"workspace": _workspace(config, mesh, rules, slots, max_len, a_slot)}
 
     def most(fits, limit: int) -> int:
         """The largest number up to `limit` that fits, of those that are 0 or at least 1."""
@@ -131,10 +137,8 @@ def plan_memory(
             low, high = (middle, high) if fits(middle) else (low, middle - 1)
         return low
 
-    parts = weights | _caches(config, mesh, rules, numerics, slots, max_len, mtp=mtp)
-    parts["workspace"] = _workspace(config, mesh, rules, slots, max_len)
     return MemoryPlan(
-        parts=parts,
+        parts=parts_of(slots, max_len),
         device_nbytes=device_nbytes,
         slots=slots,
         max_len=max_len,
@@ -190,27 +194,26 @@ def _part_nbytes(tree: Any, along: Any, mesh: AbstractMesh, rules: Rules) -> int
     def of_leaf(along: Along, leaf: jax.ShapeDtypeStruct) -> int:
         own = resolve(rules, mesh.shape, {"batch": leaf.shape[0]})
         split = spec(*along.axes, rules=own)
-        ways = [
-            math.prod(mesh.shape[name] for name in ((axis,) if isinstance(axis, str) else axis or ()))
-            for axis in split
-        ]
-        return leaf.size // math.prod(ways) * leaf.dtype.itemsize
+        names = [(axis,) if isinstance(axis, str) else tuple(axis or ()) for axis in split]
+        return leaf.size // math.prod(ways(each, mesh.shape) for each in names) * leaf.dtype.itemsize
 
     return sum(jax.tree.leaves(jax.tree.map(of_leaf, along, tree)))
 
 
-def _workspace(config: Config, mesh: AbstractMesh, rules: Rules, slots: int, max_len: int) -> int:
-    """What a program keeps beside its arguments: that of a decode step, or of a piece of a prompt.
+def _workspace(
+    config: Config, mesh: AbstractMesh, rules: Rules, slots: int, max_len: int, a_slot: int
+) -> int:
+    """What the larger of two programs keeps beside its arguments: a decode step, and a piece of a prompt.
 
-    The largest arrays that are alive together: streams before and after, what the experts of all tokens
-    give, and logits; held against XLA's own analysis in docs/benchmarks.md.
+    The streams in several forms, and the indexer's scores by head. That the one takes its scores once and
+    the other four times is what XLA's own analysis says (docs/benchmarks.md). `a_slot`: bytes of the caches
+    of one slot, which travel to all devices that read a prompt.
     """
-
-    def of_rows(rows: int, tokens: int) -> int:
-        count = rows * tokens
-        streams = 3 * count * config.hc_mult * config.hidden_size * 2
-        pairs = count * config.num_experts_per_tok * config.hidden_size * 2
-        logits = 2 * rows * config.vocab_size * 4
-        return streams + pairs + logits
-
-    return max(of_rows(slots, 1), of_rows(1, min(PIECE, max_len)))
+    batch = {"batch": slots}
+    rows = slots // ways(resolve(rules, mesh.shape, batch).batch, mesh.shape)
+    tokens = min(PIECE, max_len)
+    streams = 32 * config.hc_mult * config.hidden_size
+    entries = -(-max_len // 4) // ways(rules.cache_slots, mesh.shape) if 4 in config.main_ratios else 0
+    scores = 4 * config.index_n_heads * entries
+    piece = tokens * streams + 4 * min(tokens, 64) * scores + (3 * a_slot if rows < slots else 0)
+    return max(rows * (streams + scores), piece)

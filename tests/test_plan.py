@@ -14,6 +14,10 @@ from dsv4_jax.sharding import RULES
 
 COMPILED = Path(__file__).parents[1] / "scripts" / "aot" / "results.json"
 ROWS = json.loads(COMPILED.read_text()) if COMPILED.exists() else []
+LARGER = [
+    max((each for each in ROWS if each["case"] == case), key=lambda each: each["gib"])
+    for case in dict.fromkeys(each["case"] for each in ROWS if each["program"] == "prefill")
+]
 
 
 def plan_of(config, sizes=(1, 1, 8), rules="ep", **options) -> MemoryPlan:
@@ -21,8 +25,8 @@ def plan_of(config, sizes=(1, 1, 8), rules="ep", **options) -> MemoryPlan:
     return plan_memory(config, sizes, RULES[rules], OFFICIAL, **options)
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['case']}, {row['program']}")
-def test_a_plan_agrees_with_the_compiled_program(row):
+@pytest.mark.parametrize("row", LARGER, ids=lambda row: row["case"])
+def test_a_plan_agrees_with_the_larger_of_the_compiled_programs(row):
     model, _, mesh, rules = row["case"].split()
     sizes = {name: int(size) for name, size in re.findall(r"(\w\w)=(\d+)", mesh)}
     shape = tuple(sizes.get(name, 1) for name in ("dp", "ep", "tp"))
