@@ -110,7 +110,7 @@ def test_the_module_is_the_command():
         (["--tokens", "1", "-o", "x.jsonl"], 2, "-o goes with -i"),
         (["--tokens", "1", "--prefix-bytes", "-1"], 2, "prefix_bytes must be at least 0, got -1"),
         (["--tokens", "1", "--prefix-bytes", "9"], 77, "prefix_bytes=9 do not hold a piece of 512 tokens"),
-        (["--tokens", "1", "--mesh", "tp=3"], 2, "tp=3"),
+        (["--tokens", "1", "--mesh", "tp=3"], 2, "tp = 3"),
         (["--tokens", "1", "--mesh", "pp=2"], 2, "not tp=N, ep=N or dp=N"),
         (["--tokens", "1", "--implementation", "cutlass"], 2, "no op has an implementation 'cutlass', have "),
         (["--tokens", "1", "--implementation", "moe=triton"], 2, "no op is called 'moe', have "),

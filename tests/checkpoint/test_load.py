@@ -15,8 +15,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from dsv4_jax.cache import make_cache
-from dsv4_jax.checkpoint import load as load_module
-from dsv4_jax.checkpoint import reading
+from dsv4_jax.checkpoint import layouts, reading
 from dsv4_jax.checkpoint.load import CheckpointWarning, LoadedModel, load
 from dsv4_jax.checkpoint.names import parameters
 from dsv4_jax.checkpoint.synthetic import write_checkpoint
@@ -187,7 +186,7 @@ def test_linears_are_the_same_numbers_in_the_fp8_of_the_device(made_up, monkeypa
     mesh = mesh and make_mesh(**mesh)
     attn = load(made_up, mesh=mesh).params["layers"][1]["attn"]
 
-    monkeypatch.setattr(load_module, "current_target", lambda: Target("rocm", "gfx942"))
+    monkeypatch.setattr(layouts, "current_target", lambda: Target("rocm", "gfx942"))
     converted = load(made_up, mesh=mesh).params["layers"][1]["attn"]
 
     for name in ("wq_b", "wo_a", "wo_b"):
@@ -201,7 +200,7 @@ def test_linears_are_the_same_numbers_in_the_fp8_of_the_device(made_up, monkeypa
 def test_a_gpu_gets_linears_of_one_input_as_one_weight_and_experts_in_tiles(made_up, monkeypatch):
     stored = load(made_up).params["layers"][1]
 
-    monkeypatch.setattr(load_module, "current_target", lambda: Target("cuda", "sm_90"))
+    monkeypatch.setattr(layouts, "current_target", lambda: Target("cuda", "sm_90"))
     laid_out = load(made_up).params["layers"][1]
 
     pairs = (("attn", "wq_a", "wkv"), ("ffn", "shared_experts", "w1", "w3"))
@@ -218,7 +217,7 @@ def test_a_gpu_gets_linears_of_one_input_as_one_weight_and_experts_in_tiles(made
 
 def test_a_gpu_gets_fp8_experts_as_rows_too(tmp_path, monkeypatch):
     write_checkpoint(tmp_path / "base", dataclasses.replace(TINY, expert_dtype="fp8"))
-    monkeypatch.setattr(load_module, "current_target", lambda: Target("cuda", "sm_90"))
+    monkeypatch.setattr(layouts, "current_target", lambda: Target("cuda", "sm_90"))
 
     experts = load(tmp_path / "base").params["layers"][0]["ffn"]["experts"]
 
@@ -229,7 +228,7 @@ def test_a_gpu_gets_fp8_experts_as_rows_too(tmp_path, monkeypatch):
 
 def test_the_model_gives_the_same_on_parameters_laid_out_for_a_gpu(made_up, monkeypatch):
     stored = load(made_up)
-    monkeypatch.setattr(load_module, "current_target", lambda: Target("cuda", "sm_90"))
+    monkeypatch.setattr(layouts, "current_target", lambda: Target("cuda", "sm_90"))
     laid_out = load(made_up)
     monkeypatch.undo()
     ids, zero, length = jnp.arange(7)[None], jnp.zeros(1, jnp.int32), jnp.full(1, 7)
@@ -326,7 +325,7 @@ def test_each_device_of_a_mesh_has_its_part_and_each_byte_is_read_once(wide, siz
 
 
 def test_a_mesh_of_gpus_lays_out_each_devices_parts(wide, monkeypatch):
-    monkeypatch.setattr(load_module, "current_target", lambda: Target("cuda", "sm_90"))
+    monkeypatch.setattr(layouts, "current_target", lambda: Target("cuda", "sm_90"))
     mesh, ids = make_mesh(ep=2, tp=2), jnp.arange(7)[None]
 
     def logits(model: LoadedModel) -> np.ndarray:
@@ -341,9 +340,10 @@ def test_a_mesh_of_gpus_lays_out_each_devices_parts(wide, monkeypatch):
 
     assert isinstance(experts["w1"], ExpertTiles)
     assert experts["w3"] is None
-    # Eight of sixteen experts; of gate and up together twice two of three blocks, the fourth one empty.
-    assert experts["w1"].tiles.sharding.shard_shape(experts["w1"].tiles.shape)[:3] == (8, 4, 1)
-    assert experts["w2"].tiles.sharding.shard_shape(experts["w2"].tiles.shape)[:3] == (8, 1, 2)
+    # Eight of sixteen experts, 64 rows a tile; of gate and up together twice two of three blocks of 128, the
+    # fourth one empty.
+    assert experts["w1"].tiles.sharding.shard_shape(experts["w1"].tiles.shape)[:3] == (8, 8, 1)
+    assert experts["w2"].tiles.sharding.shard_shape(experts["w2"].tiles.shape)[:3] == (8, 2, 2)
     assert attn["wkv"]["weight"] is None
     monkeypatch.undo()
     np.testing.assert_allclose(logits(laid_out), logits(load(wide)), rtol=0, atol=1e-5)
