@@ -176,7 +176,7 @@ CASES = [
     Case(7, "a negative number", config(num_hidden_layers=-1), 65, ("num_hidden_layers", "-1")),
     Case(8, "too few compress_ratios", config(compress_ratios=[4]), 65, ("compress_ratios",)),
     Case(8, "an unknown ratio", config(compress_ratios=[5, 0]), 65, ("compress_ratios", "5")),
-    Case(9, "a mesh that does not divide", nothing, 2, ("tp=3",), ("generate", *TOKENS, "--mesh", "tp=3")),
+    Case(9, "a mesh that does not divide", nothing, 2, ("tp = 3",), ("generate", *TOKENS, "--mesh", "tp=3")),
     Case(10, "absurd sizes", config(hidden_size=2**40), 65, ("hidden_size", str(2**40))),
     Case(11, "another quantisation", config(quantization_config={"quant_method": "awq"}), 65, ("awq",)),
     Case(12, "a config.json of 11 MB", write("config.json", b"{" + b" " * 11_000_000 + b"}"), 65, ("longer than",)),

@@ -85,8 +85,8 @@ COMPILED = """
 
 By `scripts/aot/compile.py`: whole released models, parameters and caches as shapes, {slots} requests of
 {max_len} tokens; XLA's own memory analysis, bytes of one device. Nothing of this has run. A decode step
-gathers neither weights nor caches, which the script asserts on the compiled text; sums are those of layers
-and of drawing a token.
+gathers neither weights nor caches: the script asserts it on the compiled text. Sums are those of layers, and
+of drawing a token.
 
 | case | program | devices | GiB a device | weights | workspace | sums | gathers | exchanges | compiled in s |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
