@@ -83,6 +83,24 @@ def hadamard(x, ROWS: tl.constexpr, WIDTH: tl.constexpr, LOG2_WIDTH: tl.constexp
 
 
 @triton.jit
+def _exponent_of_scale(largest, FLOOR: tl.constexpr, MOST_BITS: tl.constexpr):
+    """The exponent of largest / MOST, one more if the mantissa of `largest` is the greater one."""
+    bits = tl.maximum(largest, FLOOR).to(tl.int32, bitcast=True)
+    return ((bits + (0x7FFFFF - (MOST_BITS & 0x7FFFFF))) >> 23) - ((MOST_BITS >> 23) - 127)
+
+
+@triton.jit
+def _nearest(x, exponent, LOWEST_EXPONENT: tl.constexpr, MANTISSA_BITS: tl.constexpr):
+    """x as a format with such scales can say it; see `requantized`."""
+    SIGN: tl.constexpr = -0x80000000  # which a zero keeps
+    bits = x.to(tl.int32, bitcast=True)
+    power = tl.maximum(bits & 0x7F800000, (exponent + LOWEST_EXPONENT) << 23)
+    large = (power + (((23 - MANTISSA_BITS) << 23) + 0x400000)).to(tl.float32, bitcast=True)
+    nearest = (x + large) - large
+    return (nearest.to(tl.int32, bitcast=True) | (bits & SIGN)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def requantized(
     x,
     ROWS: tl.constexpr,
@@ -96,7 +114,9 @@ def requantized(
 ):
     """The first COLUMNS through a format and back, GROUP columns with one power-of-two scale; below 2^100.
 
-    Also the scales' exponents as E8M0 has them, [ROWS, WIDTH // GROUP] int32, of other columns meaningless.
+    Also the exponents, as E8M0 has them, of the scales with which the result is kept, [ROWS, WIDTH // GROUP]
+    int32, of other columns meaningless. They are those of the result's own largest numbers: one that was
+    rounded down to MOST times a smaller scale is kept with that.
 
     Dividing by such a scale moves exponents only, so a number is rounded where it is: to MANTISSA_BITS, or
     to the last bit of the smallest normal number times the scale. Adding and subtracting a number so large
@@ -104,16 +124,11 @@ def requantized(
     too large for its scale. `constants` makes the last five arguments.
     """
     groups = tl.reshape(x, [ROWS, WIDTH // GROUP, GROUP])
-    largest = tl.maximum(tl.max(tl.abs(groups), 2, keep_dims=True), FLOOR).to(tl.int32, bitcast=True)
-    # The exponent of largest / MOST, one more if its mantissa is the greater one: that of the scale.
-    exponent = ((largest + (0x7FFFFF - (MOST_BITS & 0x7FFFFF))) >> 23) - ((MOST_BITS >> 23) - 127)
-    bits = groups.to(tl.int32, bitcast=True)
-    power = tl.maximum(bits & 0x7F800000, (exponent + LOWEST_EXPONENT) << 23)
-    large = (power + (((23 - MANTISSA_BITS) << 23) + 0x400000)).to(tl.float32, bitcast=True)
-    nearest = (groups + large) - large
-    SIGN: tl.constexpr = -0x80000000  # which a zero keeps
-    nearest = (nearest.to(tl.int32, bitcast=True) | (bits & SIGN)).to(tl.float32, bitcast=True)
-    nearest = tl.reshape(nearest, [ROWS, WIDTH])
+    largest = tl.max(tl.abs(groups), 2, keep_dims=True)
+    exponent = _exponent_of_scale(largest, FLOOR, MOST_BITS)
+    nearest = tl.reshape(_nearest(groups, exponent, LOWEST_EXPONENT, MANTISSA_BITS), [ROWS, WIDTH])
+    largest = _nearest(largest, exponent, LOWEST_EXPONENT, MANTISSA_BITS)
+    exponent = _exponent_of_scale(largest, FLOOR, MOST_BITS)
     if COLUMNS < WIDTH:
         nearest = tl.where((tl.arange(0, WIDTH) < COLUMNS)[None, :], nearest, x)
     return nearest, tl.reshape(exponent, [ROWS, WIDTH // GROUP])

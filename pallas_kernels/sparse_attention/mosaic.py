@@ -88,7 +88,6 @@ def sparse_attention(
         turned=turns is not None,
     )
     config = config or config_for(sizes)
-    sizes = sizes._replace(early=config.early)
     arguments = (
         q.reshape(-1, HEADS, channels),
         *(leaf for kv in kvs for leaf in jax.tree.leaves(kv)),
@@ -96,7 +95,7 @@ def sparse_attention(
         *((each.reshape(-1, PAIRS) for each in turns) if turns else (attn_sink, attn_sink)),  # never read
     )
     out, *parts = _launch(arguments, sizes, config, softmax_scale, interpret)
-    if config.splits == 1 or config.cluster:
+    if config.splits == 1:
         return out.reshape(q.shape)
     shape = (batch, tokens, heads, config.splits)
     return combine(out.reshape(*shape, channels), parts[0].reshape(shape), attn_sink, turns)
@@ -110,16 +109,12 @@ def _launch(
     outs = [jax.ShapeDtypeStruct((heads, HEADS, *splits, CHANNELS), jnp.bfloat16)]
     if splits:
         outs.append(jax.ShapeDtypeStruct((heads, HEADS, *splits), jnp.float32))
-    if config.cluster:
-        outs.insert(0, jax.ShapeDtypeStruct((heads, HEADS, CHANNELS), jnp.bfloat16))
-    cluster: dict[str, Any] = {"cluster": splits, "cluster_names": ("split",)} if config.cluster else {}
     return plgpu.kernel(
         functools.partial(mosaic_kernel.kernel, sizes, config, scale),
         out_type=tuple(outs),
         scratch_types=mosaic_kernel.scratch(sizes),
         grid=(mosaic_kernel.programs_of(sizes, config),),
         grid_names=("program",),
-        **cluster,
         num_threads=3,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),

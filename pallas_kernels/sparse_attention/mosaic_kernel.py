@@ -79,9 +79,7 @@ def _shrunk(sums: jax.Array, factor: jax.Array) -> jax.Array:
 
 
 def programs_of(sizes: Sizes, config: Config) -> int:
-    """Programs that are started, or clusters of them."""
-    heads = sizes.queries * sizes.groups
-    return heads if config.cluster else min(heads * config.splits, MULTIPROCESSORS)
+    return min(sizes.queries * sizes.groups * config.splits, MULTIPROCESSORS)
 
 
 def scratch(sizes: Sizes) -> tuple[Any, ...]:
@@ -140,11 +138,8 @@ def kernel(sizes: Sizes, config: Config, scale: float, *refs: Any) -> None:
 
     def item_of(number: jax.Array) -> Item:
         """Groups of heads and splits of one query at about the same time: its keys are in the L2 cache."""
-        if config.cluster:
-            at, split = program, lax.axis_index("split")
-        else:
-            item = program + number * programs
-            at, split = lax.div(item, jnp.int32(config.splits)), lax.rem(item, jnp.int32(config.splits))
+        item = program + number * programs
+        at, split = lax.div(item, jnp.int32(config.splits)), lax.rem(item, jnp.int32(config.splits))
         query, group = lax.div(at, jnp.int32(sizes.groups)), lax.rem(at, jnp.int32(sizes.groups))
         return Item(at, query, lax.div(query, jnp.int32(sizes.tokens)), group, split)
 
@@ -183,8 +178,6 @@ def kernel(sizes: Sizes, config: Config, scale: float, *refs: Any) -> None:
                 return rows
 
             lax.fori_loop(0, count, one_pair, ptx.rows(sizes, lists, item.query, first))
-            if config.cluster:
-                ptx.meet()  # all threads have to
 
         # Leave when all is done: the interpreter wants every phase of a barrier seen.
         plgpu.barrier_wait(used)
@@ -287,7 +280,7 @@ def kernel(sizes: Sizes, config: Config, scale: float, *refs: Any) -> None:
         def write(item: Item, sums: jax.Array) -> None:
             """In pieces of 64 columns, through the space of the weights."""
             pieces = (early, late)[me]
-            out = outs[-2].at[item.at, :, item.split] if config.splits > 1 else outs[0].at[item.at]
+            out = outs[0].at[item.at, :, item.split] if config.splits > 1 else outs[0].at[item.at]
             for n in range(CHANNELS // 2 // COLUMNS):
                 if n >= 2 - me:
                     plgpu.wait_smem_to_gmem(1 - me, wait_read_only=True)
@@ -320,11 +313,6 @@ def kernel(sizes: Sizes, config: Config, scale: float, *refs: Any) -> None:
                 weight = jnp.where(total == 0, -jnp.inf, top * to_bits + jnp.log2(total))
                 outs[-1].at[item.at, :, item.split][...] = weight
             write(item, sums * _wide(share, CHANNELS // 2))
-            if config.cluster:
-                plgpu.wait_smem_to_gmem(0)
-                ptx.meet()
-                share_of = item.at, item.query, item.group, item.split
-                ptx.combine(sizes, config.splits, me, outs[1], outs[2], attn_sink, turns, outs[0], share_of)
             return phase
 
         lax.fori_loop(0, mine, one_item, jnp.int32(0))

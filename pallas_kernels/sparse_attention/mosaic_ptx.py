@@ -21,11 +21,9 @@ from pallas_kernels.sparse_attention.mosaic_config import PAIRS, SLOTS, Sizes
 from pallas_kernels.sparse_attention.mosaic_texts import (
     AWAIT_TEXT,
     DECODED_TEXT,
-    MEET_TEXT,
     RAW,
     SEEN_TEXT,
     ahead_text,
-    combine_text,
     decode_text,
     fetch_text,
     look_text,
@@ -287,32 +285,3 @@ def turned_back(columns: jax.Array, cos: Any, sin: Any, query: jax.Array) -> jax
         return_type=plgpu.ShapeDtypeStruct(columns.shape, columns.dtype, layout=layout),
     )
     return inline(lambda _, *operands: emit(*operands))(columns, cos, sin, query)
-
-
-def meet() -> None:
-    """All programs of the cluster are here, and what they wrote to global memory is seen."""
-    _inline(lambda: _assemble(MEET_TEXT), kinds=())
-
-
-def combine(
-    sizes: Sizes,
-    splits: int,
-    consumer: int,
-    parts: Any,
-    weights: Any,
-    sink: Any,
-    turns: tuple[Any, Any],
-    out: Any,
-    item: tuple[jax.Array, jax.Array, jax.Array, jax.Array],
-) -> None:
-    """This program's and warpgroup's share of the heads of a cluster, put together from its parts.
-
-    `item` is the number of the 64 heads among all, their query, their group, and this program's number.
-    """
-
-    def emit(parts, weights, sink, cos, sin, out, at, query, group, split):
-        arrays = {"parts": parts, "weights": weights, "sink": sink, "cos": cos, "sin": sin, "out": out}
-        numbers = {"item": at, "query": query, "group": group, "split": split}
-        _assemble(combine_text(sizes, splits, consumer), **arrays, **numbers)
-
-    _inline(emit, parts, weights, sink, *turns, out, *item, kinds=(*(REF,) * 6, *(SCALAR,) * 4))

@@ -5,15 +5,10 @@ sixteen bytes trade places by row. Where a place has no row nothing is read: it 
 start at -inf. Whatever a text reads of operands it reads before it writes a result: they may share registers.
 """
 
-import numpy as np
-
 from pallas_kernels.sparse_attention.mosaic_config import (
     CHANNELS,
     COLUMNS,
-    HEADS,
     KEYS,
-    LOG2_E,
-    LOWEST,
     NOPE,
     PAIRS,
     Sizes,
@@ -62,8 +57,8 @@ def rows_text(sizes: Sizes) -> str:
 
 
 def _load(sizes: Sizes) -> str:
-    """A load that is not volatile the assembler may put off until what it reads is needed."""
-    return "ld.volatile.global" if sizes.early else "ld.global.nc"
+    """For codes volatile: other loads the assembler may put off until what they read is needed."""
+    return "ld.volatile.global" if sizes.codes else "ld.global.nc"
 
 
 def _chosen_text(sizes: Sizes, *names: str) -> str:
@@ -164,18 +159,16 @@ def raw_text(sizes: Sizes) -> str:
     lines += [f"mov.b32 $result{n}, 0;" for n in range(RAW)]
     scales = f"$result{4 * CHUNKS}, $result{4 * CHUNKS + 1}"
     lines.append(f"@there {_load(sizes)}.v2.b32 {{{scales}}}, [scale_at];")
-    load = _load(sizes) if sizes.early else "ld.global.nc.L2::128B"
     for chunk in range(CHUNKS):
         words = ", ".join(f"$result{4 * chunk + n}" for n in range(4))
-        lines.append(f"@there {load}.v4.b32 {{{words}}}, [at+{64 * chunk}];")
+        lines.append(f"@there {_load(sizes)}.v4.b32 {{{words}}}, [at+{64 * chunk}];")
     return _lines(*lines)
 
 
 def ahead_text(sizes: Sizes) -> str:
-    """Asks the L2 cache for rows.
+    """Asks the L2 cache for rows: each of a row's four threads for 128 bytes of codes, two for the rest.
 
-    Early, each of a row's four threads asks for 128 bytes of codes, and two for the rest; or one of them has
-    the copy engine fetch all codes, which takes the warp's threads one after the other, and so on.
+    The copy engine would take the warp's threads one after the other.
     """
     lines = [
         _chosen_text(sizes, "nope", "scale", "rope"),
@@ -192,11 +185,7 @@ def ahead_text(sizes: Sizes) -> str:
                 f"setp.eq.and.u32 is_{name}, lane, {number}, there;",
                 _address_text("at", name, f"$row{n}", nbytes),
             ]
-            if not sizes.early:
-                aligned = ["and.b64 at, at, -16;"] if nbytes < 16 else []
-                asked = f"cp.async.bulk.prefetch.L2.global [at], {max(nbytes, 16)};"
-                lines += [*aligned, f"@is_{name} {asked}"]
-            elif name == "nope":
+            if name == "nope":
                 lines += [
                     "and.b64 at, at, -128;",
                     "add.u64 at, at, lane_at;",
@@ -398,119 +387,3 @@ AWAIT: mbarrier.try_wait.parity.shared::cta.b64 done, [$arrived], $phase;
 @!done bra AWAIT;
 fence.proxy.async.shared::cta;
 """
-
-# What the cluster's programs wrote before is there for all of them after. The engine's copies count as their
-# own once they have been waited for.
-MEET_TEXT = "barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;"
-
-
-def combine_text(sizes: Sizes, splits: int, consumer: int) -> str:
-    """Every so many heads of the cluster's, of which each program has others: its parts, and the sink.
-
-    Sixty-four threads take a head, eight channels each. The parts, [heads, splits, channels], are the results
-    of the splits were they alone; the weights, [heads, splits], log2 of their sums of weights.
-    """
-    lines = [
-        ".reg .pred more, none, turns;",
-        ".reg .b32 head, lane, word, at;",
-        ".reg .f32 sink, most, total, share, cosine, sine, even, odd;",
-        f".reg .f32 weight<{splits}>, sum<8>, cosine<4>, sine<4>;",
-        f".reg .b32 part<{4 * splits}>;",
-        ".reg .b64 parts, weights, to, other;",
-        "shr.u32 head, $thread, 6;",
-        f"add.u32 head, head, {2 * consumer};",
-        f"mad.lo.u32 head, head, {splits}, $split;",
-        "and.b32 lane, $thread, 63;",
-    ]
-    if sizes.turned:
-        lines += [
-            f"setp.ge.u32 turns, lane, {NOPE // 8};",
-            *(f"mov.f32 cosine{n}, 1.0; mov.f32 sine{n}, 0.0;" for n in range(4)),
-            f"sub.u32 at, lane, {NOPE // 8};",
-            "shl.b32 at, at, 2;",
-            f"mad.lo.u32 at, $query, {PAIRS}, at;",
-            "mul.wide.s32 other, at, 4;",
-            "add.u64 to, other, $cos;",
-            "@turns ld.global.nc.v4.f32 {cosine0, cosine1, cosine2, cosine3}, [to];",
-            "add.u64 to, other, $sin;",
-            "@turns ld.global.nc.v4.f32 {sine0, sine1, sine2, sine3}, [to];",
-        ]
-    lines += [
-        "COMBINE:",
-        f"setp.ge.u32 more, head, {HEADS};",
-        "@more bra COMBINED;",
-        f"mad.lo.u32 at, $item, {HEADS}, head;",
-        f"mul.wide.u32 weights, at, {4 * splits};",
-        "add.u64 weights, weights, $weights;",
-        f"mul.wide.u32 parts, at, {2 * CHANNELS * splits};",
-        "mul.wide.u32 other, lane, 16;",
-        "add.u64 parts, parts, other;",
-        "add.u64 parts, parts, $parts;",
-        f"mul.wide.u32 to, at, {2 * CHANNELS};",
-        "add.u64 to, to, other;",
-        "add.u64 to, to, $out;",
-        f"mad.lo.u32 at, $group, {HEADS}, head;",
-        "mul.wide.u32 other, at, 4;",
-        "add.u64 other, other, $sink;",
-        "ld.global.nc.f32 sink, [other];",
-    ]
-    for split in range(splits):
-        words = ", ".join(f"part{4 * split + n}" for n in range(4))
-        lines += [
-            f"ld.global.f32 weight{split}, [weights+{4 * split}];",
-            f"ld.global.v4.b32 {{{words}}}, [parts+{2 * CHANNELS * split}];",
-        ]
-    lines += [f"mov.f32 most, {_hex(LOWEST)};"]
-    lines += [f"max.f32 most, most, weight{split};" for split in range(splits)]
-    lines += ["mov.f32 total, 0f00000000;"]
-    for split in range(splits):
-        lines += [
-            f"sub.f32 weight{split}, weight{split}, most;",
-            f"ex2.approx.f32 weight{split}, weight{split};",
-            f"add.f32 total, total, weight{split};",
-        ]
-    lines += [
-        # Asked for "none" and not for "some": what is not a number must come through.
-        "setp.eq.f32 none, total, 0f00000000;",
-        f"mul.f32 sink, sink, {_hex(LOG2_E)};",
-        "sub.f32 sink, sink, most;",
-        "ex2.approx.f32 sink, sink;",
-        "add.f32 total, total, sink;",
-        "rcp.approx.f32 share, total;",
-        "selp.f32 share, 0f00000000, share, none;",
-        *(f"mov.f32 sum{n}, 0f00000000;" for n in range(8)),
-    ]
-    for split in range(splits):
-        for n in range(4):
-            lines += [
-                f"shl.b32 word, part{4 * split + n}, 16;",
-                "mov.b32 even, word;",
-                f"and.b32 word, part{4 * split + n}, 0xFFFF0000;",
-                "mov.b32 odd, word;",
-                f"fma.rn.f32 sum{2 * n}, even, weight{split}, sum{2 * n};",
-                f"fma.rn.f32 sum{2 * n + 1}, odd, weight{split}, sum{2 * n + 1};",
-            ]
-    for n in range(4):
-        lines += [f"mul.f32 even, sum{2 * n}, share;", f"mul.f32 odd, sum{2 * n + 1}, share;"]
-        if sizes.turned:
-            lines += [
-                f"mul.f32 cosine, odd, sine{n};",
-                f"fma.rn.f32 cosine, even, cosine{n}, cosine;",
-                f"mul.f32 sine, even, sine{n};",
-                "neg.f32 sine, sine;",
-                f"fma.rn.f32 odd, odd, cosine{n}, sine;",
-                "mov.f32 even, cosine;",
-            ]
-        lines.append(f"cvt.rn.bf16x2.f32 part{n}, odd, even;")
-    return _lines(
-        *lines,
-        "st.global.v4.b32 [to], {part0, part1, part2, part3};",
-        f"add.u32 head, head, {4 * splits};",
-        "bra COMBINE;",
-        "COMBINED:",
-    )
-
-
-def _hex(number: float) -> str:
-    """A float32 as PTX writes its bits."""
-    return f"0f{int(np.float32(number).view(np.uint32)):08X}"

@@ -332,15 +332,16 @@ def _combine(
     row = tl.program_id(0).to(tl.int64)
     split = tl.arange(0, triton.next_power_of_2(SPLITS))
     channel = tl.arange(0, D)
-    real = split < SPLITS
-    at = (row * SPLITS + split)[:, None] * D + channel[None, :]
-    part_SD = tl.load(part + at, mask=real[:, None], other=0.0)
-    log2_weight = tl.load(weight + row * SPLITS + split, mask=real, other=float("-inf"))
+    log2_weight = tl.load(weight + row * SPLITS + split, mask=split < SPLITS, other=float("-inf"))
     sink = tl.load(attn_sink + row % H)
     top = tl.maximum(tl.max(log2_weight, 0), _LOWEST)
-    weight_S = tl.exp2(log2_weight - top)
-    share = _share(tl.sum(weight_S, 0), sink, top)
-    out_1D = (tl.sum(part_SD.to(tl.float32) * weight_S[:, None], 0) * share)[None, :]
+    share = _share(tl.sum(tl.exp2(log2_weight - top), 0), sink, top)
+    # One split after the other: a thread has the same channels of all, and nothing is exchanged.
+    out_D = tl.zeros([D], tl.float32)
+    for number in tl.static_range(SPLITS):
+        part_D = tl.load(part + (row * SPLITS + number) * D + channel).to(tl.float32)
+        out_D += part_D * tl.exp2(tl.load(weight + row * SPLITS + number) - top)
+    out_1D = (out_D * share)[None, :]
     if PAIRS > 0:
         token = row // H + tl.arange(0, 1)
         out_1D = rotated(out_1D, cos, sin, token, token >= 0, 1, D, PAIRS, True)
@@ -402,7 +403,7 @@ def combine(part: jax.Array, weight: jax.Array, attn_sink: jax.Array, turns: Tur
     cos, sin, pairs = _turns_of(turns, attn_sink)
     sizes: dict[str, Any] = {"H": heads, "D": channels, "PAIRS": pairs, "SPLITS": splits}
     grid = (math.prod(outer) * heads,)
-    return triton_call(_combine, part, weight, attn_sink, cos, sin, out=out, grid=grid, **sizes)
+    return triton_call(_combine, part, weight, attn_sink, cos, sin, out=out, grid=grid, num_warps=1, **sizes)
 
 
 def _turns_of(turns: Turns, unused: jax.Array) -> tuple[jax.Array, jax.Array, int]:

@@ -61,11 +61,11 @@ TILINGS = {
 }
 # Always tried, likewise.
 CONFIGS = {
-    1: [Config(5, False, False), Config(5, True, False, early=True)],
-    8: [Config(5, False, False), Config(5, True, False, early=True)],
-    32: [Config(4, False, False), Config(3, True, False), Config(4, True, False, early=True)],
-    128: [Config(1, False, False), Config(1, False, True, early=True)],
-    4096: [Config(slack=0.0), Config(early=True)],
+    1: [Config(5)],
+    8: [Config(5), Config(3, look=False)],
+    32: [Config(2, look=False), Config(3, look=False)],
+    128: [Config(look=False)],
+    4096: [Config(slack=0.0)],
 }
 
 Variant = Tiling | Config  # of the Triton kernels, of Mosaic's
