@@ -13,6 +13,7 @@ does not depend on how many drafts there were. docs/numerics.md says what follow
 
 import dataclasses
 import functools
+import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
 
@@ -254,6 +255,22 @@ def step(
     found, main = how(models.main, ids, sequences.position, reads, sequences.caches.main)
     now = dataclasses.replace(sequences, caches=Caches(main, sequences.caches.head))
     return advance(models, requests, now, found, sequences.drafts.shape[1], eos_token_id, forced)
+
+
+def _with_loops_in_graphs() -> dict[str, str]:
+    """Options for `jax.jit` of programs that take `steps`: on a GPU the loop is part of the CUDA graph.
+
+    XLA's default asks the host at every turn whether to go on, which at small batches takes longer than the
+    turn. What the user's XLA_FLAGS say of graphs stays.
+    """
+    if "xla_gpu_enable_command_buffer" in os.environ.get("XLA_FLAGS", ""):
+        return {}
+    # All of XLA's default, for an option of a program cannot add to it, and the loop.
+    kinds = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
+    return {"xla_gpu_enable_command_buffer": kinds}
+
+
+LOOPS_IN_GRAPHS = _with_loops_in_graphs()
 
 
 def steps(

@@ -37,6 +37,7 @@ from dsv4_jax.config import Config
 from dsv4_jax.decode import (
     FREE,
     INVARIANT_PIECE,
+    LOOPS_IN_GRAPHS,
     MOST_DRAFTS,
     Added,
     Caches,
@@ -615,7 +616,7 @@ def _begin(
     return on_all(_set_row(nothing, added, slot)), _set_row(sequences, begun, slot)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5, compiler_options=LOOPS_IN_GRAPHS)
 def _steps(
     config: Config,
     numerics: Numerics,

@@ -120,23 +120,23 @@ def _entries_fit(
 
 
 LATENTS = (
-    Implementation("triton", _run_latents, _latents_fit, proven=False),
+    Implementation("triton", _run_latents, _latents_fit),
     Implementation("reference", reference.latents),
 )
 QUERY = (
-    Implementation("triton", _run_query, _query_fits, proven=False),
+    Implementation("triton", _run_query, _query_fits),
     Implementation("reference", reference.query),
 )
 UNROTATE = (
-    Implementation("triton", _run_unrotate, _rotates, proven=False),
+    Implementation("triton", _run_unrotate, _rotates),
     Implementation("reference", reference.unrotate),
 )
 INDEX_QUERY = (
-    Implementation("triton", _run_index_query, _index_query_fits, proven=False),
+    Implementation("triton", _run_index_query, _index_query_fits),
     Implementation("reference", reference.index_query),
 )
 ENTRIES = (
-    Implementation("triton", _run_entries, _entries_fit, proven=False),
+    Implementation("triton", _run_entries, _entries_fit),
     Implementation("reference", reference.compressed_entries),
 )
 

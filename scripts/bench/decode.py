@@ -50,7 +50,7 @@ from profile_kernels import kernel_times, print_kernel_times
 
 from dsv4_jax.cache import LayerCache, make_cache
 from dsv4_jax.config import PRESETS, Config
-from dsv4_jax.decode import Caches, Models, Requests, Sequences, steps
+from dsv4_jax.decode import LOOPS_IN_GRAPHS, Caches, Models, Requests, Sequences, steps
 from dsv4_jax.engine import PIECES, STEPS_ON_GPU
 from dsv4_jax.model import bind, declare, run_block
 from dsv4_jax.mtp import bind_mtp, make_mtp_cache
@@ -277,12 +277,12 @@ def _layer_steps(model: Model, case: Case, kind: str, count: int) -> Work:
             now = state | {"streams": streams, "caches": caches}
             return _run_layers(model, places, params, now, position, jnp.full_like(position, tokens))
 
-        streams, caches = jax.lax.fori_loop(0, count, one, (state["streams"], state["caches"]))
+        streams, caches = jax.lax.fori_loop(0, state["most"], one, (state["streams"], state["caches"]))
         return streams, state | {"caches": caches}
 
     def state() -> State:
         sizes = {"batch": case.batch, "max_len": case.context + ROOM, "max_draft": case.drafts}
-        return _layer_state(model, places, case.batch, tokens, sizes)
+        return _layer_state(model, places, case.batch, tokens, sizes) | {"most": jnp.int32(count)}
 
     return Work(case, kind, [model.params["layers"][place] for place in places], advance, state, steps=count)
 
@@ -389,7 +389,9 @@ def prepare(work: Work, implementation: str | None) -> Prepared:
     with choose(implementation):  # of this thread
         shapes = jax.eval_shape(work.state)
         result = jax.eval_shape(work.advance, work.params, shapes)[0]
-        lowered = jax.jit(work.advance, donate_argnums=1).lower(work.params, shapes)
+        lowered = jax.jit(work.advance, donate_argnums=1, compiler_options=LOOPS_IN_GRAPHS).lower(
+            work.params, shapes
+        )
         traced = time.perf_counter()
         advance = lowered.compile()
         compiled = time.perf_counter()
@@ -452,8 +454,10 @@ def measure(work: Work, prepared: Prepared, profile: bool) -> dict[str, float]:
     us_host = (time.perf_counter() - begin) / inner / work.steps * 1e6
     jax.block_until_ready(results)
 
-    traced = 1 if work.steps > 1 else min(inner, TRACED_CALLS)
-    kernels = kernel_times(lambda: [run() for _ in range(traced)], traced * work.steps)
+    if work.steps > 1:  # of a loop in a graph the profiler tells one turn
+        run.state["most"] = jnp.int32(1)
+    traced = min(inner, TRACED_CALLS)
+    kernels = kernel_times(lambda: [run() for _ in range(traced)], traced)
     if profile:
         print_kernel_times(work.name, kernels, most=30)
     return {
