@@ -53,7 +53,7 @@ def tile_count(rows: int, n_routed_experts: int, tile_rows: int) -> int:
 
 
 def total_of_choices(out: jax.Array, weights: jax.Array) -> jax.Array:
-    """[T, M] float32, what each token's experts add, of out [R, M] in (token, choice) order and weights [T, A].
+    """[T, M] float32, what a token's experts add, of out [R, M] in (token, choice) order and weights [T, A].
 
     Always in the order of the choices: the same bits in every run. Rows of pairs of no expert were never
     written; their weight is 0, and so is what they add.

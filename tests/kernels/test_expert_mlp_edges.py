@@ -1,6 +1,6 @@
 """Every kernel of the experts at its edges, for compute-sanitizer: launches of few small arrays, unchecked.
 
-Experts without tokens, tiles with one and with all of their tokens, the last of all rows, choices of no expert.
+Experts without tokens, tiles with one and with all of their tokens, the last of all rows, choices of none.
 """
 
 import jax
