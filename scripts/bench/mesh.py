@@ -57,8 +57,9 @@ class Spread:
     @classmethod
     def parse(cls, text: str) -> Self:
         """Reads "tp=2,dp=1 ep"."""
-        sizes, rules = text.split()
-        return cls(text, make_mesh(**mesh_sizes(sizes)), rules)
+        ways, rules = text.split()
+        sizes = mesh_sizes(ways)
+        return cls(text, make_mesh(*(sizes.get(name, 1) for name in ("dp", "ep", "tp"))), rules)
 
     def params(self, config: Config, raw: dict[Any, Any]) -> Any:
         """The model's parameters as `checkpoint.load` would lay them out, from those of a checkpoint."""
