@@ -2,14 +2,17 @@
 
 A small made-up model reads a prompt and takes a decode step, by the definitions of all its ops. What each op
 was called with is kept, and given to each of its other implementations. A kernel that is wrong on a device is
-off by a large part of its numbers, one that is right by roundings; tests and benchmarks go further.
+off by a large part of its numbers, one that is right by roundings; tests and benchmarks go further. Most of
+the time goes into compiling, which is done on all cores.
 """
 
 import collections
 import dataclasses
-import functools
+import itertools
+import os
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +26,7 @@ from dsv4_jax.checkpoint.synthetic import write_checkpoint
 from dsv4_jax.config import FLASH
 from dsv4_jax.model import bind
 from dsv4_jax.numerics import OFFICIAL
-from pallas_kernels import QuantArray, current_target, dequantize
+from pallas_kernels import QuantArray, QuantKV, current_target, decode_rows
 from pallas_kernels.dispatch import Call, choose, default_of, op_of, record
 
 # Of a result's norm. Kernels that were measured differ by 2e-3 from their definitions in bfloat16 and FP8;
@@ -37,16 +40,19 @@ _SMALL = dataclasses.replace(
     num_hidden_layers=3,
     num_hash_layers=1,
     compress_ratios=(0, 4, 128, 0),
-    num_attention_heads=16,
-    o_groups=2,
     o_lora_rank=256,
     q_lora_rank=256,
-    index_n_heads=16,
     index_topk=64,
     n_routed_experts=16,
-    moe_intermediate_size=256,
+    moe_intermediate_size=512,
     max_position_embeddings=4096,
 )
+When = Literal["prefill", "decode"]
+
+# Programs run once, and of the fastest way to multiply nothing is asked. Roundings between ops of one program
+# are part of the definitions, those to FP8 among them: XLA would leave them out.
+_COMPILER_OPTIONS = {"xla_gpu_autotune_level": 0, "xla_allow_excess_precision": False}
+
 # Tokens: more than kernels for many ask for, and than a window and index_topk hold.
 _PROMPT, _ROOM = 640, 1024
 
@@ -67,7 +73,7 @@ class Verdict:
 
     op: str
     function: str
-    when: Literal["prefill", "decode"]
+    when: When
     implementation: str
     default: bool
     status: Literal["ok", "wrong", "failed", "not here"]
@@ -78,6 +84,8 @@ class Verdict:
 def check_kernels(*, run: bool = True) -> Iterator[Verdict]:
     """A verdict on each implementation of each op that the model calls, the definition's among them.
 
+    Those on one function come one after the other.
+
     Args:
       run: False only finds out which ones fit here, and which are the default; so it is on a CPU anyway.
     """
@@ -86,29 +94,64 @@ def check_kernels(*, run: bool = True) -> Iterator[Verdict]:
         path = Path(folder) / "made-up"
         write_checkpoint(path, _SMALL, shards=1, mtp=False)
         model = load(path)
-    for when, calls in _calls(model, run=run).items():
-        for alike in _grouped(calls):
-            yield from _verdicts(when, alike, run=run)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        groups = _grouped(_calls(model, pool if run else None))
+        prepared = [_prepared(calls, pool if run else None) for _, calls in groups]
+        for (when, calls), programs in zip(groups, prepared, strict=True):
+            yield from _verdicts(when, calls, programs)
 
 
-def _calls(model: LoadedModel, *, run: bool) -> dict[Literal["prefill", "decode"], list[Call]]:
-    """The calls of a prompt and of a step after it, with the arrays that were given, or their shapes.
+def _calls(model: LoadedModel, pool: ThreadPoolExecutor | None) -> dict[When, list[Call]]:
+    """The calls of a prompt and of a step after it, with the arrays that were given.
 
     Args:
-      run: compute the arrays.
+      pool: to compile in; None: shapes in place of arrays.
     """
     ids = np.arange(2 * _PROMPT, dtype=np.int32).reshape(2, -1) * 7 % _SMALL.vocab_size
     start, length = np.zeros(2, np.int32), np.array([_PROMPT, _PROMPT - 3], np.int32)
     cache = make_cache(_SMALL, OFFICIAL, batch=2, max_len=_ROOM)
-    prefill, cache = _recorded(run, model.params, ids, start, length, cache)
-    decode, _ = _recorded(run, model.params, ids[:, :1], length, np.ones(2, np.int32), cache)
-    return {"prefill": prefill, "decode": decode}
+    prompt = model.params, ids, start, length
+    token = model.params, ids[:, :1], length, np.ones(2, np.int32)
+    traced: dict[When, _Traced] = {"prefill": _traced(*prompt, cache), "decode": _traced(*token, cache)}
+    if pool is None:
+        return {when: each.calls(each.out[0]) for when, each in traced.items()}
+    prefill, decode = pool.map(_Traced.compile, traced.values())
+    arrays, cache = prefill(*prompt, cache)
+    return {
+        "prefill": traced["prefill"].calls(arrays),
+        "decode": traced["decode"].calls(decode(*token, cache)[0]),
+    }
 
 
-def _recorded(run: bool, *given_to_model: Any) -> tuple[list[Call], Any]:
-    """The calls, and the cache after them; given are parameters, and what `Transformer.__call__` takes."""
+_MISSING = object()  # where an array was
+
+
+@dataclasses.dataclass(frozen=True)
+class _Traced:
+    """A program of the model that gives the arrays with which it called ops, and the cache after it.
+
+    Attributes:
+      program: as `jax.jit` traced it.
+      out: shapes of what it gives.
+      noted: the calls; arrays in them are None.
+    """
+
+    program: Any
+    out: tuple[list[Any], Any]
+    noted: list[Call]
+
+    def compile(self) -> Callable[..., Any]:
+        return self.program.lower().compile(_COMPILER_OPTIONS)
+
+    def calls(self, arrays: list[Any]) -> list[Call]:
+        """The calls with these arrays in them."""
+        given = iter(arrays)
+        return [_filled(call, given) for call in self.noted]
+
+
+def _traced(*given: Any) -> _Traced:
+    """Given are parameters, and what `Transformer.__call__` takes."""
     noted: list[Call] = []
-    shapes: list[Any] = []
 
     @jax.jit
     def program(params: Any, ids: jax.Array, position: jax.Array, length: jax.Array, cache: Any) -> Any:
@@ -121,34 +164,77 @@ def _recorded(run: bool, *given_to_model: Any) -> tuple[list[Call], Any]:
                 streams, layer_cache = block(streams, ids, position, length, layer_cache)
                 after.append(layer_cache)
             transformer.logits(streams)
-        noted.extend(calls)
-        # Arrays leave as results; what else a call was given is known here.
-        leaves, tree = jax.tree.flatten([(call.arguments, dict(call.keywords)) for call in calls])
-        shapes.append((tree, [None if _is_array(leaf) else leaf for leaf in leaves]))
-        return [leaf for leaf in leaves if _is_array(leaf)], tuple(after)
+        noted.extend(map(_without_arrays, calls))
+        return [leaf for call in calls for leaf in _arrays(call)], tuple(after)
 
-    arrays, cache = program(*given_to_model) if run else jax.eval_shape(program, *given_to_model)
-    tree, leaves = shapes[0]
-    given = iter(arrays)
-    made = jax.tree.unflatten(tree, [next(given) if leaf is None else leaf for leaf in leaves])
-    calls = [
-        Call(call.implementations, arguments, keywords)
-        for call, (arguments, keywords) in zip(noted, made, strict=True)
-    ]
-    return calls, cache
+    traced = program.trace(*given)
+    return _Traced(traced, traced.out_info, noted)
 
 
-def _grouped(calls: list[Call]) -> list[list[Call]]:
-    """Calls of one function with arguments of one kind together, which run in one program."""
+def _leaves(call: Call) -> list[Any]:
+    return jax.tree.leaves((call.arguments, dict(call.keywords)))
+
+
+def _arrays(call: Call) -> list[Any]:
+    return [leaf for leaf in _leaves(call) if _is_array(leaf)]
+
+
+def _without_arrays(call: Call) -> Call:
+    return _filled(call, itertools.repeat(_MISSING), _is_array)
+
+
+def _filled(call: Call, given: Iterator[Any], missing: Callable[[Any], bool] | None = None) -> Call:
+    """The call with what is missing in it replaced by what is given, one after the other."""
+    missing = missing or (lambda leaf: leaf is _MISSING)
+    leaves, tree = jax.tree.flatten((call.arguments, dict(call.keywords)))
+    arguments, keywords = jax.tree.unflatten(tree, [next(given) if missing(x) else x for x in leaves])
+    return Call(call.implementations, arguments, keywords)
+
+
+def _grouped(calls: dict[When, list[Call]]) -> list[tuple[When, list[Call]]]:
+    """Calls of one function with arguments of one kind together, which one program runs; by function."""
     groups: dict[Any, list[Call]] = collections.defaultdict(list)
-    for call in calls:
-        leaves, tree = jax.tree.flatten((call.arguments, dict(call.keywords)))
-        kinds = tuple(f"{leaf.dtype}{leaf.shape}" if _is_array(leaf) else str(leaf) for leaf in leaves)
-        groups[(call.implementations, str(tree), kinds)].append(call)
-    return list(groups.values())
+    for when, each in calls.items():
+        for call in each:
+            tree = jax.tree.structure((call.arguments, dict(call.keywords)))
+            kinds = tuple(f"{x.dtype}{x.shape}" if _is_array(x) else str(x) for x in _leaves(call))
+            groups[(when, call.implementations, str(tree), kinds)].append(call)
+    functions = list(dict.fromkeys(implementations for _, implementations, *_ in groups))
+    found = [(key[0], group) for key, group in groups.items()]
+    return sorted(found, key=lambda each: functions.index(each[1][0].implementations))
 
 
-def _verdicts(when: Literal["prefill", "decode"], calls: list[Call], *, run: bool) -> Iterator[Verdict]:
+Program = Callable[[list[jax.Array]], Any]
+
+
+def _prepared(calls: list[Call], pool: ThreadPoolExecutor | None) -> dict[int, Future[Program] | None]:
+    """What takes such calls here, by its place among the implementations; as a program if it is to run."""
+    first, target = calls[0], current_target()
+    fitting = [
+        place
+        for place, each in enumerate(first.implementations)
+        if each.fits(target, *first.arguments, **first.keywords)
+    ]
+    if pool is None or len(fitting) == 1:  # nothing to hold against the definition
+        return dict.fromkeys(fitting)
+    return {place: pool.submit(_compiled, first.implementations[place].run, first) for place in fitting}
+
+
+def _compiled(function: Callable[..., Any], call: Call) -> Program:
+    """A program that takes the arrays of such a call, and gives its result as numbers."""
+    empty = _without_arrays(call)
+
+    def program(arrays: list[jax.Array]) -> Any:
+        filled = _filled(empty, iter(arrays))
+        result = function(*filled.arguments, **filled.keywords)
+        return jax.tree.map(_numbers, result, is_leaf=_is_quantised)
+
+    return jax.jit(program).lower(_arrays(call)).compile(_COMPILER_OPTIONS)
+
+
+def _verdicts(
+    when: When, calls: list[Call], programs: dict[int, Future[Program] | None]
+) -> Iterator[Verdict]:
     first, implementations = calls[0], calls[0].implementations
     default = default_of(implementations, *first.arguments, **first.keywords)
     definition = implementations[-1]
@@ -158,20 +244,20 @@ def _verdicts(when: Literal["prefill", "decode"], calls: list[Call], *, run: boo
     for place, each in enumerate(implementations):
         number = "" if names.count(each.name) == 1 else f" {names[: place + 1].count(each.name)}"
         told = Verdict(op, function, when, f"{each.name}{number}", each is default, "ok")
-        if not each.fits(current_target(), *first.arguments, **first.keywords):
+        if place not in programs:
             yield dataclasses.replace(told, status="not here")
-        elif each is definition or not run:
+        elif each is definition or (program := programs[place]) is None:
             yield told
         else:
-            expected = expected or [_run(definition.run, call) for call in calls]
-            yield _held(told, each.run, calls, expected)
+            expected = expected or _results(programs[len(names) - 1], calls)
+            yield _held(told, program, calls, expected)
 
 
-def _held(told: Verdict, function: Callable[..., Any], calls: list[Call], expected: list[Any]) -> Verdict:
-    """The verdict on a function that is to give these results."""
+def _held(told: Verdict, program: Future[Program], calls: list[Call], expected: list[Any]) -> Verdict:
+    """The verdict on a program that is to give these results."""
     try:
-        pairs = zip(calls, expected, strict=True)
-        error = max(_error(_run(function, call), wanted) for call, wanted in pairs)
+        pairs = zip(_results(program, calls), expected, strict=True)
+        error = max(_error(found, wanted) for found, wanted in pairs)
     except Exception as caught:  # whatever a compiler or driver raises is the finding
         said = str(caught).splitlines()
         detail = f"{type(caught).__name__}: {said[0] if said else ''}"
@@ -179,21 +265,10 @@ def _held(told: Verdict, function: Callable[..., Any], calls: list[Call], expect
     return dataclasses.replace(told, status="ok" if error <= BOUND else "wrong", error=error)
 
 
-def _run(function: Callable[..., Any], call: Call) -> Any:
-    """The result of a call, on the host, as numbers."""
-    leaves, tree = jax.tree.flatten((call.arguments, dict(call.keywords)))
-    arrays = [leaf for leaf in leaves if _is_array(leaf)]
-
-    # Without that XLA leaves roundings out between the ops of one program, those to FP8 among them, and a
-    # definition would be off.
-    @functools.partial(jax.jit, compiler_options={"xla_allow_excess_precision": False})
-    def program(arrays: list[jax.Array]) -> Any:
-        given = iter(arrays)
-        filled = [next(given) if _is_array(leaf) else leaf for leaf in leaves]
-        arguments, keywords = jax.tree.unflatten(tree, filled)
-        return function(*arguments, **keywords)
-
-    return jax.device_get(jax.tree.map(_numbers, program(arrays), is_leaf=_is_quantised))
+def _results(program: Future[Program] | None, calls: list[Call]) -> list[Any]:
+    """Those of calls, on the host."""
+    assert program is not None
+    return [jax.device_get(program.result()(_arrays(call))) for call in calls]
 
 
 def _error(found: Any, expected: Any) -> float:
@@ -215,11 +290,13 @@ def _is_array(value: Any) -> bool:
 
 
 def _is_quantised(value: Any) -> bool:
-    return isinstance(value, QuantArray)
+    return isinstance(value, QuantArray | QuantKV)
 
 
 def _numbers(value: Any) -> Any:
-    """What a result stands for, in a dtype that numpy has."""
-    if _is_quantised(value):
-        return dequantize(value)
-    return value if jnp.issubdtype(value.dtype, jnp.integer) else value.astype(jnp.float32)
+    """What a result stands for, in a dtype that numpy has.
+
+    Codes and scales by themselves would say little: where a scale is another by a rounding, all codes are.
+    """
+    integers = not _is_quantised(value) and jnp.issubdtype(value.dtype, jnp.integer)
+    return value if integers else decode_rows(value, jnp.float32)

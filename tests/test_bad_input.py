@@ -9,6 +9,7 @@ an error looks like from Python, and variants of the cases, are in the tests of 
 import dataclasses
 import json
 import os
+import re
 import shutil
 import struct
 import sys
@@ -160,7 +161,6 @@ TO_FILE = (*FILE, "-o", "{}/out.jsonl")
 GOOD, NORM = b'{"tokens": [5, 6]}', "layers.0.attn_norm.weight"
 HTML = b"<!DOCTYPE html><html>Not found</html>"
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:97d2\nsize 7\n"
-TABLE = np.full(2, 99, np.int64).tobytes()
 
 CASES = [
     Case(1, "a path that does not exist", lambda f: f / "nope", 66, ("no such directory", "Hugging Face")),
@@ -232,8 +232,42 @@ CASES = [
     Case(37, "a file that is no answers", lambda f: answered(f, "nope"), 65, ("out.jsonl:1: is not a row",), TO_FILE),
     Case(37, "a folder that is not there", prompts(GOOD), 73, ("cannot be written: No such file", "name a file"), (*FILE, "-o", "{}/no such/out.jsonl")),
 ]  # fmt: skip
-# Case 29 needs a layer with a hash table, and is in tests/checkpoint/test_load.py; 34 is a property of all texts,
-# in tests/chat/test_encoding.py; 40 to 42 are in tests/checkpoint/test_convert.py and tests/distributed.
+# Cases that need more than a folder and a command: the tests that they are.
+ELSEWHERE = {
+    29: {"checkpoint/test_load.py": ["a_hash_table_that_names_an_expert_the_model_lacks_is_refused"]},
+    34: {"chat/test_encoding.py": ["ten_thousand_texts_that_spell_control_tokens_stay_text"]},
+    40: {
+        "checkpoint/test_convert.py": [
+            "a_killed_conversion_goes_on",
+            "a_folder_that_holds_something_is_refused_unless_it_may_be_overwritten",
+            "a_relative_path_is_resolved",
+        ]
+    },
+    41: {
+        "checkpoint/test_convert.py": [
+            "loading_with_full_verification_finds_a_flipped_bit_and_names_its_file",
+            "without_a_manifest_it_loads_with_a_warning",
+            "a_damaged_checkpoint_is_refused_in_one_line",  # an older format among them
+        ]
+    },
+    42: {
+        "distributed/test_processes.py": [
+            "a_coordinator_that_is_down_is_told_within_ten_seconds",
+            "processes_that_differ_stop_before_they_compile_and_say_in_what",
+            "a_killed_process_ends_the_other_and_what_is_finished_stays",
+        ],
+        "distributed/test_joining.py": ["a_port_that_is_taken_is_told"],
+    },
+}
+
+
+def test_each_of_the_42_cases_is_a_test():
+    here = re.findall(r"^def test_(\d\d)_", Path(__file__).read_text(), re.MULTILINE)
+
+    assert {*ELSEWHERE, *map(int, here), *(case.number for case in CASES)} == set(range(1, 43))
+    for file, names in [each for files in ELSEWHERE.values() for each in files.items()]:
+        text = (Path(__file__).parent / file).read_text()
+        assert all(f"def test_{name}(" in text for name in names)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """`dsv4-jax doctor`: what this machine can run, and whether it computes right."""
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -15,7 +16,7 @@ import jax
 import numpy as np
 
 from dsv4_jax.cli.options import add_command, add_json
-from dsv4_jax.cli.talk import say, show
+from dsv4_jax.cli.talk import show
 from dsv4_jax.errors import DistributedError, NumericError, RequestError
 from dsv4_jax.evaluation.environment import versions
 from dsv4_jax.selftest import check_kernels
@@ -69,11 +70,16 @@ def run(arguments: argparse.Namespace) -> int:
     }
     if not arguments.json:
         print("\n".join(_lines(report)), flush=True)
-    report["kernels"] = _check_kernels(run=not arguments.no_kernels)
     if not arguments.json:
         held = "not run" if arguments.no_kernels else "how far from its definition"
-        print(f"ops of a small model: what runs by default; each kernel that fits here, {held}")
-        print("\n".join(_table(report["kernels"])), flush=True)
+        print(f"ops of a small model: what runs by default; each kernel that fits here, {held}", flush=True)
+    report["kernels"] = []
+    verdicts = check_kernels(run=not arguments.no_kernels)
+    for function, group in itertools.groupby(verdicts, key=lambda verdict: verdict.function):
+        mine = [vars(verdict) for verdict in group]
+        report["kernels"] += mine
+        if not arguments.json:
+            print(_line(function, mine), flush=True)
     if arguments.multiprocess:
         report["processes"] = _check_processes(arguments.multiprocess)
         if not arguments.json:
@@ -118,33 +124,19 @@ def _lines(report: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _check_kernels(*, run: bool) -> list[dict[str, Any]]:
-    """A verdict on each implementation of each op, told as they come to who waits for them."""
-    found = []
-    for verdict in check_kernels(run=run):
-        found.append(vars(verdict))
-        if sys.stderr.isatty() and verdict.error is not None:
-            say(f"{verdict.function} by {verdict.implementation}, {verdict.when}: {verdict.status}")
-    return found
-
-
-def _table(verdicts: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A line for each function: what runs by default, and the worst of each kernel that fits here."""
-    lines = []
-    for function in dict.fromkeys(each["function"] for each in verdicts):
-        mine = [each for each in verdicts if each["function"] == function]
-        defaults = ", ".join(dict.fromkeys(each["implementation"] for each in mine if each["default"]))
-        cells = []
-        for name in dict.fromkeys(each["implementation"] for each in mine):
-            here = [each for each in mine if each["implementation"] == name and each["status"] != "not here"]
-            if name == "reference" or not here:
-                continue
-            worst = max(here, key=lambda each: _BADNESS.index(each["status"]))
-            errors = [each["error"] for each in here if each["error"] is not None]
-            error = f" {max(errors):.0e}" if errors else ""
-            cells.append(f"{name} {worst['status']}{error}{worst['detail'] and ': ' + worst['detail']}")
-        lines.append(f"  {function:20} {defaults:22} {'; '.join(cells)}".rstrip())
-    return lines
+def _line(function: str, verdicts: Sequence[Mapping[str, Any]]) -> str:
+    """On a function: what runs by default, and the worst of each kernel that fits here."""
+    defaults = ", ".join(dict.fromkeys(each["implementation"] for each in verdicts if each["default"]))
+    cells = []
+    for name in dict.fromkeys(each["implementation"] for each in verdicts):
+        here = [each for each in verdicts if each["implementation"] == name and each["status"] != "not here"]
+        if name == "reference" or not here:
+            continue
+        worst = max(here, key=lambda each: _BADNESS.index(each["status"]))
+        errors = [each["error"] for each in here if each["error"] is not None]
+        error = f" {max(errors):.0e}" if errors else ""
+        cells.append(f"{name} {worst['status']}{error}{worst['detail'] and ': ' + worst['detail']}")
+    return f"  {function:22} {defaults:22} {'; '.join(cells)}".rstrip()
 
 
 # --- processes

@@ -16,7 +16,6 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from dsv4_jax import parallel
 from dsv4_jax.sharding import Axes
-from pallas_kernels import current_target
 
 CAPACITY = 128  # at least: more where many tokens go to few devices
 
@@ -42,14 +41,11 @@ def on_owners(
         return run(x, experts, weights)
     traversed = tuple(name for name in owners if name in parallel.axes_of("batch"))
     owner, first = experts // experts_here, parallel.part("experts") * experts_here
-    # The definition leaves out what no expert here is to do; kernels know real experts only, and do it with
-    # weight 0.
-    none = experts_here if current_target().vendor == "cpu" else 0
 
     def here(x: Array, experts: Array, weights: Array) -> Array:
         local = experts - first
         mine = (local >= 0) & (local < experts_here)
-        return run(x, jnp.where(mine, local, none), jnp.where(mine, weights, 0))
+        return run(x, jnp.where(mine, local, experts_here), jnp.where(mine, weights, 0))
 
     if not traversed:
         return here(x, experts, weights)

@@ -80,8 +80,8 @@ def expert_mlp(
     released inference/model.py.
 
     Args:
-      experts: the experts of each token.
-      weights: their routing weights, which multiply before the down projection.
+      experts: the experts of each token; E stands for none.
+      weights: their routing weights, which multiply before the down projection; of none it is 0.
       w1, w2, w3: gate [E, F, M], down [E, M, F] and up [E, F, M] of all experts as stored, or what
         `prepare_experts` made of them.
       limit: `swiglu_limit`.

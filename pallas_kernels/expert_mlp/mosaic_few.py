@@ -28,7 +28,7 @@ from pallas_kernels.expert_mlp import few_ptx as ptx
 from pallas_kernels.expert_mlp.assembly import Lane, Numbers, Total, arrays, assemble, lane, registers
 from pallas_kernels.expert_mlp.mosaic_config import BLOCK, HEIGHT, PART_SLOTS, FewConfig, multiprocessors
 from pallas_kernels.expert_mlp.mosaic_ptx import step_ptx
-from pallas_kernels.expert_mlp.plan import Plan
+from pallas_kernels.expert_mlp.plan import Plan, total_of_choices
 from pallas_kernels.expert_mlp.tiles import CODES_BYTES, TILE_BYTES, TILE_SHAPE, ExpertTiles
 
 WARPS = 4  # of a warpgroup, which finish sixteen rows each
@@ -471,5 +471,4 @@ def planned_mlp(
 ) -> jax.Array:
     """`expert_mlp` once its plan is made, for tiles of `config`."""
     _, out = products(x, planned, weights, w13, w2, limit=limit, config=config)
-    # Always in the order of the choices: the same bits in every run.
-    return out.reshape(*weights.shape, -1).astype(jnp.float32).sum(1)
+    return total_of_choices(out, weights)

@@ -26,7 +26,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.expert_mlp import mosaic_ptx as ptx
 from pallas_kernels.expert_mlp.assembly import Lane, Numbers, Total, arrays, assemble, lane, registers
 from pallas_kernels.expert_mlp.mosaic_config import BLOCK, HEIGHT, Config, Configs, multiprocessors
-from pallas_kernels.expert_mlp.plan import Plan
+from pallas_kernels.expert_mlp.plan import Plan, total_of_choices
 from pallas_kernels.expert_mlp.quant import place_count, places_of, sorted_tile_quant
 from pallas_kernels.expert_mlp.tiles import CODES_BYTES, TILE_BYTES, TILE_SHAPE, ExpertTiles
 
@@ -401,5 +401,4 @@ def planned_mlp(
 ) -> jax.Array:
     """`expert_mlp` once its plan is made, for tiles of `configs`."""
     _, _, out = products(x, planned, weights, w13, w2, limit, configs)
-    # Always in the order of the choices: the same bits in every run.
-    return out.reshape(*weights.shape, -1).astype(jnp.float32).sum(1)
+    return total_of_choices(out, weights)

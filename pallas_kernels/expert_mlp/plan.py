@@ -15,6 +15,8 @@ from pallas_kernels.target import Target
 class Plan:
     """Who works on what, for one routing: rows are (token, choice) pairs sorted by expert, stably.
 
+    Pairs of no expert are the last rows, and in no tile: nobody works on them.
+
     Attributes:
       order: [R] the pair of each row.
       row: [R] the row of each pair.
@@ -38,13 +40,26 @@ class Plan:
 def plan(
     experts: jax.Array, n_routed_experts: int, tile_rows: int, *, implementation: str | None = None
 ) -> Plan:
-    """The plan of a routing [T, A] int32, of experts 0 to `n_routed_experts` - 1, for such tiles."""
+    """The plan of a routing [T, A] int32, of experts 0 to `n_routed_experts` - 1, for such tiles.
+
+    `n_routed_experts` itself stands for no expert.
+    """
     return select(IMPLEMENTATIONS, implementation, experts, n_routed_experts, tile_rows)
 
 
 def tile_count(rows: int, n_routed_experts: int, tile_rows: int) -> int:
     """Tiles that the worst routing needs: each expert that has rows may fill its last tile in part."""
     return rows // tile_rows + min(n_routed_experts, rows)
+
+
+def total_of_choices(out: jax.Array, weights: jax.Array) -> jax.Array:
+    """[T, M] float32, what a token's experts add, of out [R, M] in (token, choice) order and weights [T, A].
+
+    Always in the order of the choices: the same bits in every run. Rows of pairs of no expert were never
+    written; their weight is 0, and so is what they add.
+    """
+    terms = out.reshape(*weights.shape, -1).astype(jnp.float32)
+    return jnp.where(weights[:, :, None] != 0, terms, 0).sum(1)
 
 
 def _plan(experts: jax.Array, n_routed_experts: int, tile_rows: int) -> Plan:

@@ -23,17 +23,21 @@ _AT_ONCE = tl.constexpr(16)  # segments whose counts are added up together
 def _place(
     chosen,  # [pairs] expert of each
     pair,
-    base,  # [BINS] the row of the first of these pairs, for each expert
-    first,  # of the experts to place
+    counts,  # [BINS] pairs of each expert
+    before,  # [BINS] how many of them come before these
+    none_before,  # pairs of no expert that do
+    first,  # of the experts to place; the one after the last stands for none
     order,
     row,
+    TOTAL: tl.constexpr,
     EXPERTS: tl.constexpr,
     BINS: tl.constexpr,
 ):
-    at = tl.zeros_like(pair)
+    at, bins = tl.zeros_like(pair), tl.arange(0, BINS)
     for expert in range(first, first + EXPERTS):
         mine = chosen == expert
-        begin = tl.sum(tl.where(tl.arange(0, BINS) == expert, base, 0), 0)
+        earlier = tl.where((bins < expert) & (bins < TOTAL), counts, tl.where(bins == expert, before, 0))
+        begin = tl.sum(earlier, 0) + tl.where(expert == TOTAL, none_before, 0)
         at = tl.where(mine, begin + tl.cumsum(mine.to(tl.int32), 0) - 1, at)
     placed = (chosen >= first) & (chosen < first + EXPERTS)
     tl.store(order + at, pair, mask=placed)
@@ -85,14 +89,16 @@ def _plan_few(
     ROWS: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILES: tl.constexpr,
+    TOTAL: tl.constexpr,
     EXPERTS: tl.constexpr,
     BLOCK: tl.constexpr,
     BINS: tl.constexpr,
 ):
     pair = tl.arange(0, BLOCK)
     chosen = tl.load(experts + pair, mask=pair < ROWS, other=-1)
-    counts = tl.histogram(chosen, BINS, mask=pair < ROWS)
-    _place(chosen, pair, tl.cumsum(counts, 0) - counts, tl.program_id(0) * EXPERTS, order, row, EXPERTS, BINS)
+    counts = tl.histogram(chosen, BINS, mask=(pair < ROWS) & (chosen < TOTAL))
+    first, nothing = tl.program_id(0) * EXPERTS, tl.zeros_like(counts)
+    _place(chosen, pair, counts, nothing, 0, first, order, row, TOTAL, EXPERTS, BINS)
     if tl.program_id(0) == 0:
         _write_tiles(
             counts,
@@ -113,14 +119,14 @@ def _count(
     experts,  # [ROWS] int32
     counts,  # [segments, BINS] int32
     ROWS: tl.constexpr,
+    TOTAL: tl.constexpr,
     SEGMENT: tl.constexpr,
     BINS: tl.constexpr,
 ):
     pair = tl.program_id(0) * SEGMENT + tl.arange(0, SEGMENT)
     chosen = tl.load(experts + pair, mask=pair < ROWS, other=-1)
-    tl.store(
-        counts + tl.program_id(0) * BINS + tl.arange(0, BINS), tl.histogram(chosen, BINS, mask=pair < ROWS)
-    )
+    found = tl.histogram(chosen, BINS, mask=(pair < ROWS) & (chosen < TOTAL))
+    tl.store(counts + tl.program_id(0) * BINS + tl.arange(0, BINS), found)
 
 
 @triton.jit
@@ -137,6 +143,7 @@ def _plan_many(
     ROWS: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILES: tl.constexpr,
+    TOTAL: tl.constexpr,
     EXPERTS: tl.constexpr,
     SEGMENT: tl.constexpr,
     SEGMENTS: tl.constexpr,
@@ -152,8 +159,8 @@ def _plan_many(
         some = tl.load(counts + other * BINS + tl.arange(0, BINS)[None, :], mask=other < SEGMENTS, other=0)
         total += tl.sum(some, 0)
         before += tl.sum(tl.where(other < segment, some, 0), 0)
-    base = tl.cumsum(total, 0) - total + before
-    _place(chosen, pair, base, tl.program_id(0) * EXPERTS, order, row, EXPERTS, BINS)
+    first, none_before = tl.program_id(0) * EXPERTS, segment * SEGMENT - tl.sum(before, 0)
+    _place(chosen, pair, total, before, none_before, first, order, row, TOTAL, EXPERTS, BINS)
     if (tl.program_id(0) == 0) & (segment == 0):
         _write_tiles(
             total, tile_expert, tile_start, tile_end, tile_count, arrivals, ROWS, TILE_ROWS, TILES, BINS
@@ -165,7 +172,7 @@ def plan(experts: jax.Array, n_routed_experts: int, tile_rows: int) -> Plan:
     tiles = tile_count(rows, n_routed_experts, tile_rows)
     bins = max(128, triton.next_power_of_2(n_routed_experts))
     out = [jax.ShapeDtypeStruct((size,), jnp.int32) for size in (rows, rows, tiles, tiles, tiles, 1, tiles)]
-    sizes = {"ROWS": rows, "TILE_ROWS": tile_rows, "TILES": tiles, "BINS": bins}
+    sizes = {"ROWS": rows, "TILE_ROWS": tile_rows, "TILES": tiles, "TOTAL": n_routed_experts, "BINS": bins}
     if rows <= _FEW:
         # At least one pair for each thread of AMD's four warps: a histogram must count no pair twice.
         block = max(256, triton.next_power_of_2(rows))
@@ -173,7 +180,7 @@ def plan(experts: jax.Array, n_routed_experts: int, tile_rows: int) -> Plan:
             _plan_few,
             pairs,
             out=out,
-            grid=(-(-n_routed_experts // _EXPERTS_OF_FEW),),
+            grid=(n_routed_experts // _EXPERTS_OF_FEW + 1,),
             num_warps=4 if block <= 512 else 8,
             EXPERTS=_EXPERTS_OF_FEW,
             BLOCK=block,
@@ -188,6 +195,7 @@ def plan(experts: jax.Array, n_routed_experts: int, tile_rows: int) -> Plan:
         grid=(segments,),
         num_warps=8,
         ROWS=rows,
+        TOTAL=n_routed_experts,
         SEGMENT=_SEGMENT,
         BINS=bins,
     )
@@ -196,7 +204,7 @@ def plan(experts: jax.Array, n_routed_experts: int, tile_rows: int) -> Plan:
         pairs,
         counts,
         out=out,
-        grid=(-(-n_routed_experts // _EXPERTS_OF_MANY), segments),
+        grid=(n_routed_experts // _EXPERTS_OF_MANY + 1, segments),
         num_warps=8,
         EXPERTS=_EXPERTS_OF_MANY,
         SEGMENT=_SEGMENT,

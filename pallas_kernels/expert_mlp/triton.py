@@ -14,7 +14,7 @@ import triton.language as tl
 
 from pallas_kernels.activation_quant import activation_quant
 from pallas_kernels.expert_mlp.decode_triton import fp4_operand, pairs_in_tile_order
-from pallas_kernels.expert_mlp.plan import Plan, plan
+from pallas_kernels.expert_mlp.plan import Plan, plan, total_of_choices
 from pallas_kernels.expert_mlp.quant import tile_quant
 from pallas_kernels.expert_mlp.rows import ExpertRows
 from pallas_kernels.expert_mlp.tiles import ExpertTiles
@@ -271,11 +271,9 @@ def planned_mlp(
     sizes: Tilings,
 ) -> jax.Array:
     """`expert_mlp` once its plan is made."""
-    tokens, choices = weights.shape
     inner = gate_up(x, planned, weights, w13, limit, activation, sizes.tile_rows, sizes.gate_up)
     out = down(inner, planned, w2, activation, sizes.tile_rows, sizes.down)
-    # Always in the order of the choices: the same bits in every run.
-    return out.reshape(tokens, choices, -1).astype(jnp.float32).sum(1)
+    return total_of_choices(out, weights)
 
 
 def gate_up(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import QuantArray, Target, dequantize, expert_mlp, prepare_experts, quantize
+from pallas_kernels.expert_mlp import IMPLEMENTATIONS
 from pallas_kernels.expert_mlp.interleave import interleave, separate
 from pallas_kernels.expert_mlp.rows import ExpertRows, from_rows, to_rows
 from pallas_kernels.expert_mlp.tiles import ExpertTiles, from_tiles, tileable, to_tiles
@@ -274,6 +275,44 @@ def test_a_plan_holds_when_all_tokens_choose_one_expert(chosen):
     np.testing.assert_array_equal(np.asarray(plan.expert)[real], [chosen] * 3)
     np.testing.assert_array_equal(np.asarray(plan.start)[real], [0, 16, 32])
     np.testing.assert_array_equal(np.asarray(plan.end)[real], [40] * 3)
+
+
+def test_rows_of_no_expert_are_the_last_and_in_no_tile():
+    plan = triton_kernels.plan(jnp.asarray([[2, 4], [4, 0], [0, 4]]), 4, 16)
+
+    assert plan.order.tolist() == [3, 4, 0, 1, 2, 5]
+    assert plan.count.tolist() == [2]
+    assert plan.expert.tolist() == [0, 2, -1, -1]
+    assert plan.end.tolist() == [2, 3, 6, 6]
+
+
+def test_a_choice_of_no_expert_adds_nothing():
+    x, chosen, weights = requests(5, 4, 2, 256, seed=0)
+    gone = jnp.asarray([[1, 1], [0, 1], [0, 0], [1, 0], [0, 0]], bool)
+    layer, kept = random_layer(octaves=4), jnp.where(gone, 0, weights)
+
+    found = expert_mlp(x, jnp.where(gone, 4, chosen), kept, *layer, limit=10.0)
+
+    np.testing.assert_array_equal(found, expert_mlp(x, chosen, kept, *layer, limit=10.0))
+    assert not np.asarray(found[0]).any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("activation", [None, "fp8_token128"], ids=["A16", "A8"])
+@pytest.mark.parametrize("tokens", [1, 17, 600], ids="tokens={}".format)
+def test_kernels_leave_out_choices_of_no_expert(tokens, activation):
+    w13, w2, _ = prepare_experts(*random_layer(16, 512, 512, seed=6, octaves=4), H200)
+    x, chosen, weights = requests(tokens, 16, 6, 512, seed=tokens)
+    gone = jax.random.uniform(jax.random.key(0), chosen.shape) < 0.9
+    gone = gone.at[0].set(jnp.arange(6) != 2)
+    request = x, jnp.where(gone, 16, chosen), jnp.where(gone, 0, weights), w13, w2, None, 10.0, activation
+
+    expected = IMPLEMENTATIONS[-1].run(*request)
+    for kernel in IMPLEMENTATIONS[:-1]:
+        if kernel.fits(H200, *request):
+            found = kernel.run(*request)
+            error = jnp.linalg.norm(found - expected) / jnp.linalg.norm(expected)
+            assert error <= (3e-3 if activation is None else 1e-2), kernel  # as below
 
 
 @pytest.mark.gpu

@@ -1,6 +1,6 @@
 """Every kernel of the experts at its edges, for compute-sanitizer: launches of few small arrays, unchecked.
 
-Experts without tokens, tiles with one and with all of their tokens, and the last of all rows.
+Experts without tokens, tiles with one and with all of their tokens, the last of all rows, choices of none.
 """
 
 import jax
@@ -27,17 +27,18 @@ def prepared(layer) -> tuple:
 
 
 def routings(tokens: int) -> list[jax.Array]:
-    """Two experts of each token: all but the first in turn, and the last for nearly all of them."""
+    """Two experts of each token: all but the first in turn; the last for nearly all of them; mostly none."""
     turn = np.arange(2 * tokens).reshape(tokens, 2) % (EXPERTS - 1) + 1
     skewed = np.stack([np.full(tokens, EXPERTS - 1), np.arange(tokens) // 9 % 2], 1)
-    return [jnp.asarray(each, jnp.int32) for each in (turn, skewed)]
+    none = np.where(np.arange(tokens)[:, None] % 9, EXPERTS, turn)
+    return [jnp.asarray(each, jnp.int32) for each in (turn, skewed, none)]
 
 
 def requests(tokens: int, tile_rows: int):
     """Activations, plans and routing weights."""
     x = jax.random.normal(jax.random.key(tokens), (tokens, HIDDEN), jnp.bfloat16)
     for chosen in routings(tokens):
-        yield x, plan(chosen, EXPERTS, tile_rows), jnp.full(chosen.shape, 0.5)
+        yield x, plan(chosen, EXPERTS, tile_rows), jnp.where(chosen < EXPERTS, 0.5, 0)
 
 
 @pytest.mark.gpu

@@ -246,20 +246,25 @@ def test_routing_by_id_gives_what_the_definition_gives(experts, tokens):
 
 
 def routings(tokens: int, count: int) -> dict[str, jax.Array]:
-    """[tokens, TOP_K] experts; tokens need not choose different ones."""
+    """[tokens, TOP_K] experts; tokens need not choose different ones. `count` stands for none."""
     experts = np.random.default_rng(tokens).integers(0, count, (tokens, TOP_K), dtype=np.int32)
+    elsewhere = np.random.default_rng(1).random(experts.shape) < 0.9
     return {
         "even": jnp.asarray(experts),
         "all on the first": jnp.zeros_like(experts),
         "all on the last": jnp.full_like(experts, count - 1),
         "few experts": jnp.asarray(experts // 50 * 50),
+        "most of no expert": jnp.asarray(np.where(elsewhere, count, experts)),
+        "all of no expert": jnp.full_like(experts, count),
     }
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [*TOKENS, 341, 342, 8192, 20000], ids="tokens={}".format)
 @pytest.mark.parametrize(
-    ("count", "tile_rows"), [(FLASH, 16), (PRO, 64), (1, 32)], ids=["Flash", "Pro", "one expert"]
+    ("count", "tile_rows"),
+    [(FLASH, 16), (PRO, 64), (1, 32), (128, 16)],
+    ids=["Flash", "Pro", "one expert", "half of Flash"],
 )
 def test_the_plans_kernels_give_what_the_definition_gives(count, tile_rows, tokens):
     run, define = (
