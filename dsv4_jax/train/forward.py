@@ -1,9 +1,11 @@
-"""The forward pass of whole texts, dense and differentiable: what `model.Transformer` computes, without caches.
+"""The forward pass of whole texts, dense and differentiable: what `model.Transformer` computes, uncached.
 
 Attention is over all entries with masks in place of gathers, experts are all multiplied and most weighed 0:
 more work for a large model, and the fastest for a small one. A test holds it against the model.
 """
 
+import functools
+import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -62,8 +64,10 @@ def _mix(streams: list[jax.Array], weights: Weights, eps: float) -> list[jax.Arr
 
 
 def _collapse(shares: list[jax.Array], streams: list[jax.Array]) -> jax.Array:
-    total = sum(share[..., None] * stream.astype(jnp.float32) for share, stream in zip(shares, streams))
-    return total.astype(streams[0].dtype)
+    terms = (
+        share[..., None] * stream.astype(jnp.float32) for share, stream in zip(shares, streams, strict=True)
+    )
+    return functools.reduce(operator.add, terms).astype(streams[0].dtype)
 
 
 def _sinkhorn(logits: list[list[jax.Array]], iterations: int, eps: float) -> list[list[jax.Array]]:
@@ -101,8 +105,9 @@ def write(
     """The streams with the sub-layer's output in them."""
     n, wide = range(len(streams)), y.astype(jnp.float32)
     return [
-        (post[j][..., None] * wide + sum(comb[i][j][..., None] * streams[i].astype(jnp.float32) for i in n))
-        .astype(y.dtype)
+        (
+            post[j][..., None] * wide + sum(comb[i][j][..., None] * streams[i].astype(jnp.float32) for i in n)
+        ).astype(y.dtype)
         for j in n
     ]
 
@@ -120,7 +125,9 @@ def _entries(x: jax.Array, weights: Weights, ratio: int, setting: Setting, *, fo
     if ratio == 4:  # the window before takes the first half of the channels
 
         def with_before(rows, first):
-            before = jnp.pad(rows[:, :-1, :, :head_dim], ((0, 0), (1, 0), (0, 0), (0, 0)), constant_values=first)
+            before = jnp.pad(
+                rows[:, :-1, :, :head_dim], ((0, 0), (1, 0), (0, 0), (0, 0)), constant_values=first
+            )
             return jnp.concatenate([before, rows[..., head_dim:]], 2)
 
         kv, score = with_before(kv, 0), with_before(score, -jnp.inf)
@@ -138,14 +145,18 @@ def _round_plain(x: jax.Array, config: Config, format: str | None) -> jax.Array:
     return jnp.concatenate([rounded(plain, format), turned], axis=-1)
 
 
-def index_scores(x: jax.Array, q_latent: jax.Array, weights: Weights, ratio: int, setting: Setting) -> jax.Array:
+def index_scores(
+    x: jax.Array, q_latent: jax.Array, weights: Weights, ratio: int, setting: Setting
+) -> jax.Array:
     """The indexer's score of every entry for every token, [B, T, S]."""
     config, heads = setting.config, setting.config.index_n_heads
     keys = _entries(x, weights["compressor"], ratio, setting, for_index=True)
     q = product(q_latent, weights["wq_b"]["weight"]).reshape(*x.shape[:2], heads, config.index_head_dim)
     turns = rotation(jnp.arange(x.shape[1]), rope_frequencies(config, ratio))
     q = rounded(hadamard(rotate(q, *(each[:, None] for each in turns))), setting.numerics.index)
-    share = product(x, weights["weights_proj"]["weight"], jnp.float32) * (heads * config.index_head_dim) ** -0.5
+    share = (
+        product(x, weights["weights_proj"]["weight"], jnp.float32) * (heads * config.index_head_dim) ** -0.5
+    )
 
     def add_head(total, head):
         q_BTJ, share_BT = head
@@ -184,7 +195,7 @@ def attention(
     logits = jnp.einsum("bnwhd,bnkd->bnhwk", q, near, preferred_element_type=jnp.float32)
     logits = jnp.where(seen[:, None], logits * head_dim**-0.5, -jnp.inf)
 
-    alignment = 0.0
+    entries, alignment = None, 0.0
     if ratio:
         entries = _entries(x, weights["compressor"], ratio, setting, for_index=False)
         visible = jnp.arange(entries.shape[1]) < (position[..., None] + 1) // ratio  # [blocks, W, S]
@@ -207,7 +218,7 @@ def attention(
     share = jnp.exp(logits - top)
     share = (share / (share.sum(-1, keepdims=True) + jnp.exp(sink - top))).astype(x.dtype)
     out = jnp.einsum("bnhwk,bnkd->bnwhd", share[..., : 2 * window], near, preferred_element_type=jnp.float32)
-    if ratio:
+    if entries is not None:
         rest = share[..., 2 * window :]
         out += jnp.einsum("bnhws,bsd->bnwhd", rest, entries, preferred_element_type=jnp.float32)
     out = out.astype(x.dtype).reshape(batch, tokens, heads, head_dim)
@@ -219,9 +230,9 @@ def attention(
 
 
 def _divergence(far: jax.Array, near: jax.Array, scores: jax.Array, chosen: jax.Array) -> jax.Array:
-    """KL between the attention of all heads to the entries and the scores, a mean over the tokens that see any.
+    """KL between the attention of all heads to the entries and the scores, a mean over tokens.
 
-    Tokens count by how much of their attention goes to entries at all: where none does, there is nothing to learn.
+    Tokens count by how much of their attention goes to entries at all.
     """
     total = jnp.logaddexp(jax.nn.logsumexp(far, -1), jax.nn.logsumexp(jax.lax.stop_gradient(near), -1))
     wanted = jnp.exp(far - total[..., None]).mean(2)  # [B, blocks, W, S], of a sum below 1
@@ -235,7 +246,9 @@ def _divergence(far: jax.Array, near: jax.Array, scores: jax.Array, chosen: jax.
 # --- experts
 
 
-def mixture(x: jax.Array, ids: jax.Array, weights: Weights, config: Config) -> tuple[jax.Array, jax.Array | None]:
+def mixture(
+    x: jax.Array, ids: jax.Array, weights: Weights, config: Config
+) -> tuple[jax.Array, jax.Array | None]:
     """Routed and shared experts of [B, T, M], and each expert's share of the tokens if they go by score."""
     gate, experts, shared = weights["gate"], weights["experts"], weights["shared_experts"]
     scores = gate_scores(product(x, gate["weight"], jnp.float32))
@@ -253,10 +266,14 @@ def mixture(x: jax.Array, ids: jax.Array, weights: Weights, config: Config) -> t
             for w in (w3, w1)
         )
         gated = jnp.minimum(gated.astype(jnp.float32), config.swiglu_limit)
-        return jax.nn.silu(gated) * jnp.clip(up.astype(jnp.float32), -config.swiglu_limit, config.swiglu_limit)
+        return jax.nn.silu(gated) * jnp.clip(
+            up.astype(jnp.float32), -config.swiglu_limit, config.swiglu_limit
+        )
 
     routed = (inner(experts["w1"], experts["w3"], "btm,efm->btef") * share[..., None]).astype(x.dtype)
-    out = jnp.einsum("btef,emf->btm", routed, experts["w2"].astype(x.dtype), preferred_element_type=jnp.float32)
+    out = jnp.einsum(
+        "btef,emf->btm", routed, experts["w2"].astype(x.dtype), preferred_element_type=jnp.float32
+    )
     own = inner(shared["w1"]["weight"], shared["w3"]["weight"], "btm,fm->btf").astype(x.dtype)
     out += product(own, shared["w2"]["weight"], jnp.float32)
     load = None if "tid2eid" in gate else mask.mean((0, 1))
@@ -271,12 +288,12 @@ def block(
 ) -> tuple[list[jax.Array], Reports]:
     """One layer."""
     config = setting.config
-    x, *back = read(streams, weights["hc_attn"], weights["attn_norm"]["weight"], config)
+    x, post, comb = read(streams, weights["hc_attn"], weights["attn_norm"]["weight"], config)
     y, alignment = attention(x, weights["attn"], ratio, setting)
-    streams = write(y, streams, *back)
-    x, *back = read(streams, weights["hc_ffn"], weights["ffn_norm"]["weight"], config)
+    streams = write(y, streams, post, comb)
+    x, post, comb = read(streams, weights["hc_ffn"], weights["ffn_norm"]["weight"], config)
     y, load = mixture(x, ids, weights["ffn"], config)
-    return write(y, streams, *back), Reports(load, alignment)
+    return write(y, streams, post, comb), Reports(load, alignment)
 
 
 def embed(ids: jax.Array, weights: Weights, setting: Setting) -> jax.Array:
@@ -288,7 +305,8 @@ def head(streams: list[jax.Array], weights: Weights, main: Weights, config: Conf
     hyper = weights["hc_head"]
     mixed = _mix(streams, hyper, config.rms_norm_eps)
     pre = [
-        jax.nn.sigmoid(each * hyper["scale"] + hyper["base"][i]) + config.hc_eps for i, each in enumerate(mixed)
+        jax.nn.sigmoid(each * hyper["scale"] + hyper["base"][i]) + config.hc_eps
+        for i, each in enumerate(mixed)
     ]
     x = rms_norm(_collapse(pre, streams), weights["norm"]["weight"], config.rms_norm_eps)
     return product(x, main["head"]["weight"], jnp.float32)
@@ -297,7 +315,7 @@ def head(streams: list[jax.Array], weights: Weights, main: Weights, config: Conf
 def forward(
     ids: jax.Array, weights: Weights, setting: Setting, *, remat: bool = False
 ) -> tuple[jax.Array, jax.Array, list[Reports]]:
-    """Logits [B, T, V] of the next tokens; of the tokens after those, by the MTP head; a report of each block.
+    """Logits [B, T, V] of the next tokens; the MTP head's, of the tokens after those; a report of each block.
 
     The MTP head reads the next tokens too: the last position has none, and its logits mean nothing.
     """
@@ -310,9 +328,12 @@ def forward(
     logits = head(streams, weights, weights, config)
 
     mtp, next_ids, eps = weights["mtp"][0], jnp.roll(ids, -1, 1), config.rms_norm_eps
-    token = product(rms_norm(embed(next_ids, weights, setting), mtp["enorm"]["weight"], eps), mtp["e_proj"]["weight"])
+    token = product(
+        rms_norm(embed(next_ids, weights, setting), mtp["enorm"]["weight"], eps), mtp["e_proj"]["weight"]
+    )
     mixed = [
-        token + product(rms_norm(each, mtp["hnorm"]["weight"], eps), mtp["h_proj"]["weight"]) for each in streams
+        token + product(rms_norm(each, mtp["hnorm"]["weight"], eps), mtp["h_proj"]["weight"])
+        for each in streams
     ]
     streams, report = run(mixed, next_ids, mtp["block"], 0, setting)
     return logits, head(streams, mtp, weights, config), [*reports, report]

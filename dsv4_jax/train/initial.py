@@ -2,7 +2,6 @@
 
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -14,7 +13,9 @@ from dsv4_jax.train.forward import Weights
 def initial(config: Config, seed: int) -> Weights:
     """Master weights of the model and its MTP head, as nested as its parameters are."""
     random = np.random.default_rng(seed)
-    return nest({each.path: jnp.asarray(_numbers(each, config, random)) for each in parameters(config, mtp=True)})
+    return nest(
+        {each.path: jnp.asarray(_numbers(each, config, random)) for each in parameters(config, mtp=True)}
+    )
 
 
 def _numbers(parameter: Parameter, config: Config, random: np.random.Generator) -> np.ndarray:

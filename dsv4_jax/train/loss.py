@@ -1,6 +1,6 @@
 """What training makes small."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,8 +37,8 @@ class Losses(NamedTuple):
 def simulated(config: Config, masters: Weights) -> Weights:
     """Master weights as the checkpoint will store them."""
 
-    def at(path):
-        value = masters
+    def at(path: tuple[str | int, ...]) -> Any:
+        value: Any = masters
         for key in path:
             value = value[key]
         return value

@@ -1,7 +1,7 @@
 """A trained model to a folder in the official format: FP4 experts, FP8 linears, tokenizer, configs."""
 
-import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -27,7 +27,7 @@ def release(folder: str | Path, config: Config, masters: Weights) -> None:
     """
     tensors = {}
     for each in parameters(config, mtp=True):
-        value = masters
+        value: Any = masters
         for key in each.path:
             value = value[key]
         tensors |= _tensors(each, value)

@@ -18,7 +18,7 @@ from dsv4_jax.train.loss import Losses
 from dsv4_jax.train.step import Phase, State, begin, run_steps
 
 _PLAN, _CURVE = "plan.json", "curve.jsonl"
-_FAR = jnp.float32(1e9)  # steps in all, while nobody knows: the learning rate does not fall yet
+_FAR = 1e9  # steps in all, while nobody knows: the learning rate does not fall yet
 _SAVE_EVERY = 60  # seconds
 
 
@@ -35,7 +35,7 @@ def train(
 ) -> State:
     """Trains for about `seconds` from the call on, compiling included, or goes on with the run in `folder`.
 
-    How many steps fit is measured once and kept in the folder: a run that was killed goes on to the same numbers.
+    How many steps fit is measured once and kept in the folder: a killed run goes on to the same numbers.
     Phases take `chunk` steps at a time, those with long texts fewer.
 
     Raises:
@@ -44,27 +44,29 @@ def train(
     begun = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     state = begin(initial(setting.config, seed))
-    total = jnp.float32(0)
     counts = [max(1, chunk * phases[0].tokens // phase.tokens) for phase in phases]
 
-    def program(phase: Phase, count: int):
-        lowered = run_steps.lower(
-            state, total, count=count, phase=phase, setting=setting, peak=peak, seed=seed
-        )
-        return lowered.compile()
+    def steps(number: int, state: State, total: float) -> tuple[State, Losses]:
+        program = {"count": counts[number], "phase": phases[number], "setting": setting}
+        return jax.block_until_ready(run_steps(state, total, peak, seed, **program))
 
+    def on_a_copy(number: int, state: State) -> float:
+        """Runs a program for the clock alone, or to have it compiled: seconds a step."""
+        copy, start = jax.tree.map(jnp.copy, state), time.monotonic()
+        steps(number, copy, _FAR)
+        return (time.monotonic() - start) / counts[number]
+
+    options = ocp.CheckpointManagerOptions(max_to_keep=2)
     with (
-        ThreadPoolExecutor(len(phases)) as pool,
-        ocp.CheckpointManager(
-            (folder / "states").absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=2)
-        ) as manager,
+        ocp.CheckpointManager((folder / "states").absolute(), options=options) as manager,
         (folder / _CURVE).open("a") as curve,
     ):
-        programs = [pool.submit(program, *each) for each in zip(phases, counts, strict=True)]
 
-        def run(number: int, state: State, total: jax.Array) -> tuple[State, Losses]:
-            state, losses = programs[number].result()(state, total)
-            values = {name: round(float(each), 5) for name, each in losses._asdict().items() if name != "loads"}
+        def run(number: int, state: State, total: float) -> State:
+            state, losses = steps(number, state, total)
+            values = {
+                name: round(float(each), 5) for name, each in losses._asdict().items() if name != "loads"
+            }
             if not all(map(math.isfinite, values.values())):
                 raise NumericError(
                     f"step {int(state.step)}: a loss is not a finite number: {values}",
@@ -74,20 +76,16 @@ def train(
             curve.write(json.dumps(line) + "\n")
             curve.flush()
             report(json.dumps(line))
-            return state, losses
+            return state
 
         plan_file = folder / _PLAN
         if not plan_file.exists():
-            took = []
-            while not (all(each.done() for each in programs) and int(state.step) >= 2 * counts[0]):
-                start = time.monotonic()
-                state, _ = run(0, state, _FAR)
-                took = [(time.monotonic() - start) / counts[0]]
-            for number in range(1, len(phases)):  # on copies: these steps are for the clock alone
-                copy = jax.tree.map(jnp.copy, state)
-                start = time.monotonic()
-                jax.block_until_ready(programs[number].result()(copy, _FAR))
-                took.append((time.monotonic() - start) / counts[number])
+            with ThreadPoolExecutor(len(phases)) as pool:
+                programs = [pool.submit(on_a_copy, number, state) for number in range(len(phases))]
+                programs[0].result()
+                while not all(each.done() for each in programs):
+                    state = run(0, state, _FAR)
+            took = [on_a_copy(number, state) for number in range(len(phases))]
             left = seconds - (time.monotonic() - begun)
             ends, end = [], int(state.step)
             shares = sum(phase.share for phase in phases)
@@ -99,11 +97,11 @@ def train(
         elif (latest := manager.latest_step()) is not None:
             state = manager.restore(latest, args=ocp.args.StandardRestore(state))
         ends = json.loads(plan_file.read_text())["ends"]
-        total, saved = jnp.float32(ends[-1]), time.monotonic()
+        saved = time.monotonic()
         for number, end in enumerate(ends):
             while int(state.step) < end:
-                state, _ = run(number, state, total)
-                if time.monotonic() - saved > _SAVE_EVERY or int(state.step) >= ends[-1]:
+                state = run(number, state, float(ends[-1]))
+                if time.monotonic() - saved >= _SAVE_EVERY or int(state.step) >= ends[-1]:
                     saved = time.monotonic()
                     manager.save(int(state.step), args=ocp.args.StandardSave(state))
     return state

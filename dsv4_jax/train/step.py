@@ -12,7 +12,7 @@ from dsv4_jax.train.forward import Setting, Weights
 from dsv4_jax.train.loss import Losses, loss
 
 BIAS_STEP = 1e-3  # by which a router's bias moves towards experts with few tokens
-WARM_UP = 200  # steps
+WARM_UP = 100  # steps
 COOL_DOWN = 0.4  # the share of the steps in which the learning rate falls
 REMAT_FROM = 2048  # tokens of a text, from which on a backward pass computes blocks anew
 
@@ -24,6 +24,7 @@ class Phase(NamedTuple):
       share: of the time of a run.
       rows, tokens: of a batch.
       recall: the share of its rows that are facts and questions.
+      level: of its short lines.
       choose: whether attention is over the entries that indexers choose, as in use; else over all.
     """
 
@@ -31,6 +32,7 @@ class Phase(NamedTuple):
     rows: int
     tokens: int
     recall: float
+    level: data.Level
     choose: bool
 
 
@@ -69,7 +71,7 @@ def _learning(weights: Weights) -> Weights:
     return {jax.tree_util.keystr(path): leaf for path, leaf in leaves if not _kept(path)}
 
 
-def rate(step: jax.Array, total: jax.Array, peak: float) -> jax.Array:
+def rate(step: jax.Array, total: float, peak: float) -> jax.Array:
     """The learning rate: up, level, and down to a fiftieth in a line."""
     left = (total - step) / (COOL_DOWN * total)
     return peak * jnp.minimum(jnp.minimum((step + 1) / WARM_UP, 1.0), jnp.clip(left, 0.02, 1.0))
@@ -88,19 +90,19 @@ def balance(masters: Weights, loads: dict[str, jax.Array]) -> Weights:
     return jax.tree_util.tree_map_with_path(moved, masters)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("count", "phase", "setting", "peak", "seed"), donate_argnames="state"
-)
+@functools.partial(jax.jit, static_argnames=("count", "phase", "setting"), donate_argnames="state")
 def run_steps(
-    state: State, total: jax.Array, *, count: int, phase: Phase, setting: Setting, peak: float, seed: int
+    state: State, total: float, peak: float, seed: int, *, count: int, phase: Phase, setting: Setting
 ) -> tuple[State, Losses]:
-    """`count` of `total` steps, and the mean losses of them. A step's data hangs on `seed` and its number alone."""
+    """`count` of `total` steps, and the mean losses of them.
+
+    The data of a step hangs on `seed` and its number alone; `peak` is the largest learning rate.
+    """
     setting = setting._replace(choose=phase.choose)
 
     def one(state: State, _) -> tuple[State, Losses]:
-        ids, answer = data.batch(
-            jax.random.fold_in(jax.random.key(seed), state.step), phase.rows, phase.tokens, phase.recall
-        )
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        ids, answer = data.batch(key, phase.rows, phase.tokens, phase.recall, phase.level)
         learning = _learning(state.masters)
 
         def of(learning):

@@ -16,6 +16,7 @@ import jax
 
 from dsv4_jax.errors import EXIT_UNAVAILABLE, DSV4Error
 from dsv4_jax.numerics import KVQUANT, OFFICIAL
+from dsv4_jax.train.data import Level
 from dsv4_jax.train.forward import Setting
 from dsv4_jax.train.release import release
 from dsv4_jax.train.run import train
@@ -23,11 +24,11 @@ from dsv4_jax.train.small import SMALL
 from dsv4_jax.train.step import Phase
 
 PHASES = (
-    Phase(share=0.62, rows=64, tokens=512, recall=0.375, choose=False),
-    Phase(share=0.20, rows=16, tokens=2048, recall=0.5, choose=True),
-    Phase(share=0.18, rows=4, tokens=8192, recall=0.75, choose=True),
+    Phase(share=0.62, rows=64, tokens=512, recall=0.375, level=Level(), choose=False),
+    Phase(share=0.20, rows=16, tokens=2048, recall=0.5, level=Level(), choose=True),
+    Phase(share=0.18, rows=4, tokens=8192, recall=0.75, level=Level(), choose=True),
 )
-CPU_PHASES = (Phase(share=1, rows=8, tokens=128, recall=0.25, choose=False),)
+CPU_PHASES = (Phase(share=1, rows=8, tokens=128, recall=0.25, level=Level(items=6, digits=2), choose=False),)
 CPU_DAYS = 14  # to see as many tokens as a GPU does, at the speed of two cores
 
 
