@@ -17,7 +17,7 @@ A case that does not fit is named and left out. Everything is compiled before an
   python scripts/bench/decode.py --cases "decode B="{1,8,32,128}" ctx=4k"
   python scripts/bench/decode.py --cases "decode B="{1,8}" ctx=32k k="{1,2,3} --profile
   python scripts/bench/decode.py --cases "decode B="{1,128}" ctx=1M" --layers-of-each 1
-  python scripts/bench/decode.py --cases "prefill 4k" --piece 2048
+  python scripts/bench/decode.py --cases "prefill 4k" --piece 4096
   python scripts/bench/decode.py --model pro --layers-of-each 2 --cases "decode B=1 ctx=32k"
 
 Without a GPU `--model tiny --cases "decode B=2 ctx=64 k=1"` tries it out.
@@ -51,7 +51,7 @@ from profile_kernels import kernel_times, print_kernel_times
 from dsv4_jax.cache import LayerCache, make_cache
 from dsv4_jax.config import PRESETS, Config
 from dsv4_jax.decode import LOOPS_IN_GRAPHS, Caches, Models, Requests, Sequences, steps
-from dsv4_jax.engine import PIECES, STEPS_ON_GPU
+from dsv4_jax.engine import PIECES_ON_GPU, STEPS_ON_GPU
 from dsv4_jax.model import bind, declare, run_block
 from dsv4_jax.mtp import bind_mtp, make_mtp_cache
 from dsv4_jax.numerics import OFFICIAL
@@ -627,7 +627,7 @@ def _parser() -> argparse.ArgumentParser:
         "--kinds", choices=kinds, nargs="+", default=kinds, help="all make the row of all layers"
     )
     parser.add_argument(
-        "--piece", type=int, default=PIECES[-1], help="tokens of a prompt that are read at once"
+        "--piece", type=int, default=PIECES_ON_GPU[-1], help="tokens of a prompt that are read at once"
     )
     parser.add_argument("--steps-at-once", type=int, default=STEPS_ON_GPU, help="decode steps of one program")
     parser.add_argument("--implementation", help="as the command line's option; by default the fastest")
