@@ -63,7 +63,7 @@ from pallas_kernels.target import current_target
 
 # Tokens of a prompt that are read at once: as many of these as are left of it, or the fewest.
 PIECES = (32, 128, 512)
-# From some hundred tokens on each piece reads the weights of all experts, which takes a GPU longer than its sums.
+# From some hundred tokens on a piece reads all experts, which takes a GPU longer than what it computes.
 PIECES_ON_GPU = (*PIECES, 2048)
 MOST_WARM_UPS = 4
 FinishReason = Literal["stop", "length", "error", "cancelled"]
@@ -147,8 +147,8 @@ class Engine:
         """Allocates the caches of all slots.
 
         Args:
-          pieces: lengths of the pieces in which prompts are read; `invariant` has one of its own. None is PIECES,
-            and on a GPU PIECES_ON_GPU if no beginnings are kept, whose blocks are to be short.
+          pieces: in which prompts are read, in tokens; `invariant` has one of its own. None is PIECES,
+            on a GPU PIECES_ON_GPU unless beginnings are kept, whose blocks are to be short.
           prefix_bytes: memory for the beginnings of prompts; 0 keeps none.
           steps_at_once: None is one on a CPU and some on a GPU.
 
