@@ -47,7 +47,7 @@ _SMALL = dataclasses.replace(
     moe_intermediate_size=512,
     max_position_embeddings=4096,
 )
-When = Literal["prefill", "decode"]
+When = str  # "prefill" or "decode"
 
 # Programs run once, and of the fastest way to multiply nothing is asked. Roundings between ops of one program
 # are part of the definitions, those to FP8 among them: XLA would leave them out.
@@ -101,9 +101,9 @@ def check_kernels(*, run: bool = True) -> Iterator[Verdict]:
         "prefill": (model.params, ids, start, length),
         "decode": (model.params, ids[:, :1], length, np.ones(2, np.int32)),
     }
-    traced: dict[When, _Traced] = {when: _traced(*each, cache) for when, each in given.items()}
+    traced = {when: _traced(*each, cache) for when, each in given.items()}
     # Shapes in place of arrays, at first: enough to compile what is to be held against the definitions.
-    calls: dict[When, list[Call]] = {when: each.calls(each.out[0]) for when, each in traced.items()}
+    calls = {when: each.calls(each.out[0]) for when, each in traced.items()}
     groups = _grouped(calls)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         compiling = {when: pool.submit(each.compile) for when, each in traced.items() if run}
