@@ -63,6 +63,8 @@ from pallas_kernels.target import current_target
 
 # Tokens of a prompt that are read at once: as many of these as are left of it, or the fewest.
 PIECES = (32, 128, 512)
+# From some hundred tokens on a piece reads all experts, which takes a GPU longer than what it computes.
+PIECES_ON_GPU = (*PIECES, 2048)  # of one GPU: `plan` has no more room on a mesh
 MOST_WARM_UPS = 4
 FinishReason = Literal["stop", "length", "error", "cancelled"]
 
@@ -137,7 +139,7 @@ class Engine:
         max_len: int,
         draft_tokens: int = 0,
         implementation: str | None = None,
-        pieces: Sequence[int] = PIECES,
+        pieces: Sequence[int] | None = None,
         prefix_bytes: int = 0,
         invariant: bool = False,
         steps_at_once: int | None = None,
@@ -145,7 +147,8 @@ class Engine:
         """Allocates the caches of all slots.
 
         Args:
-          pieces: lengths of the pieces in which prompts are read; `invariant` has one of its own.
+          pieces: in which prompts are read, in tokens; `invariant` has one of its own. None is PIECES,
+            on one GPU PIECES_ON_GPU unless beginnings are kept, whose blocks are to be short.
           prefix_bytes: memory for the beginnings of prompts; 0 keeps none.
           steps_at_once: None is one on a CPU and some on a GPU.
 
@@ -161,9 +164,11 @@ class Engine:
         self.model, self.numerics, self.implementation = model, numerics, implementation
         self.slots, self.max_len, self.draft_tokens = slots, max_len, draft_tokens
         self.invariant = invariant
-        several = STEPS_ON_GPU if current_target().vendor != "cpu" else 1
-        self.steps_at_once = steps_at_once or several
+        on_gpu = current_target().vendor != "cpu"
+        self.steps_at_once = steps_at_once or (STEPS_ON_GPU if on_gpu else 1)
         self.prefix_hits = self.prefix_tokens = 0
+        long = on_gpu and not prefix_bytes and not model.mesh
+        pieces = pieces or (PIECES_ON_GPU if long else PIECES)
         self._pieces = (INVARIANT_PIECE,) if invariant else tuple(sorted(pieces))
         # Caches of one size for any number of drafts, so that the programs which take them are the same.
         max_draft = MOST_DRAFTS if invariant else draft_tokens
