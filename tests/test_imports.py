@@ -31,6 +31,7 @@ LEVELS = [
     ["engine"],
     ["tokenizer"],
     ["chat.*", "stops"],
+    ["train.*"],
     ["prompts"],
     ["llm"],
     ["batch", "plan", "selftest"],

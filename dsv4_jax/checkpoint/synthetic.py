@@ -71,7 +71,7 @@ def write_checkpoint(
     nbytes = {name: math.prod(shape) * DTYPES[dtype].itemsize for name, (dtype, shape) in tensors.items()}
     total = sum(nbytes.values())
     weight_map = {}
-    with _new_folder(Path(folder)) as unfinished, progress_bar("writing", total, progress) as advance:
+    with new_folder(Path(folder)) as unfinished, progress_bar("writing", total, progress) as advance:
         for number, names in enumerate(_split(nbytes, shards), 1):
             shard = f"model-{number:05}-of-{shards:05}.safetensors"
             numbers = {}
@@ -81,9 +81,9 @@ def write_checkpoint(
                 advance(nbytes[name])
             save_file(numbers, unfinished / shard, metadata={"format": "pt"})
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        _write_json(unfinished / INDEX_NAME, index)
-        _write_json(unfinished / "config.json", config.to_dict())
-        _write_json(unfinished / "generation_config.json", _generation_config(config))
+        write_json(unfinished / INDEX_NAME, index)
+        write_json(unfinished / "config.json", config.to_dict())
+        write_json(unfinished / "generation_config.json", generation_config(config))
 
 
 def _tensors(config: Config, *, mtp: bool, scale_dtype: str | None, unquantised: Collection[str]) -> Tensors:
@@ -118,7 +118,7 @@ def _split(nbytes: dict[str, int], shards: int) -> list[list[str]]:
 
 
 @contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
+def new_folder(folder: Path) -> Iterator[Path]:
     """A folder to write to, which becomes `folder` at the end if all went well, and is gone if not."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         found = "is not empty" if folder.is_dir() else "is a file"
@@ -139,11 +139,11 @@ def _new_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _write_json(path: Path, value: dict) -> None:
+def write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def _generation_config(config: Config) -> dict:
+def generation_config(config: Config) -> dict:
     return {
         "_from_model_config": True,
         "bos_token_id": config.bos_token_id,
