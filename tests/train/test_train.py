@@ -141,6 +141,7 @@ def test_the_forward_pass_of_training_is_that_of_the_model(masters, texts, numer
     np.testing.assert_allclose(got_drafts[:, :-1], drafts[:, :-1], atol=tolerance)
 
 
+@pytest.mark.slow  # compiles the backward pass
 def test_every_weight_has_a_finite_gradient(masters, texts):
     ids, answer = (each[:2] for each in texts)  # 256 tokens: no answer sees the 128th's entry in fewer
     setting = Setting(CONFIG, KVQUANT, choose=False)
@@ -173,6 +174,7 @@ def test_the_small_model_takes_less_than_8_mb(tmp_path):
     assert sum(path.stat().st_size for path in (tmp_path / "model").iterdir()) < 8_000_000
 
 
+@pytest.mark.slow  # compiles the backward pass
 def test_a_run_goes_on_to_the_same_numbers_and_stops_at_a_nan_with_its_step(tmp_path, monkeypatch):
     arguments = {"seconds": 0, "seed": 0, "chunk": 1}
     monkeypatch.setattr("dsv4_jax.train.run._SAVE_EVERY", 0)  # after every step
