@@ -258,11 +258,7 @@ def step(
 
 
 def _with_loops_in_graphs() -> dict[str, str | int]:
-<<<<<<< HEAD
-    """Options for `jax.jit` of programs that take `steps`: on a GPU the loop is part of its graph.
-=======
     """Options for `jax.jit` of programs that take `steps`: a GPU gets the loop as part of one graph.
->>>>>>> main
 
     XLA's default asks the host at every turn whether to go on, which at small batches takes longer than the
     turn. What the user's XLA_FLAGS say of graphs stays.
