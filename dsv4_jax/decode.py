@@ -257,8 +257,8 @@ def step(
     return advance(models, requests, now, found, sequences.drafts.shape[1], eos_token_id, forced)
 
 
-def _with_loops_in_graphs() -> dict[str, str]:
-    """Options for `jax.jit` of programs that take `steps`: on a GPU the loop is part of the CUDA graph.
+def _with_loops_in_graphs() -> dict[str, str | int]:
+    """Options for `jax.jit` of programs that take `steps`: a GPU gets the loop as part of one graph.
 
     XLA's default asks the host at every turn whether to go on, which at small batches takes longer than the
     turn. What the user's XLA_FLAGS say of graphs stays.
@@ -267,7 +267,8 @@ def _with_loops_in_graphs() -> dict[str, str]:
         return {}
     # All of XLA's default, for an option of a program cannot add to it, and the loop.
     kinds = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
-    return {"xla_gpu_enable_command_buffer": kinds}
+    # A loop with little around it would be too small for a graph, however much is in it.
+    return {"xla_gpu_enable_command_buffer": kinds, "xla_gpu_graph_min_graph_size": 1}
 
 
 LOOPS_IN_GRAPHS = _with_loops_in_graphs()

@@ -30,39 +30,36 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
-from dsv4_jax.cache import Cache, LayerCache, make_cache
+from dsv4_jax.cache import make_cache
 from dsv4_jax.checkpoint.load import LoadedModel
 from dsv4_jax.compiles import count_compiles
 from dsv4_jax.config import Config
 from dsv4_jax.decode import (
     FREE,
     INVARIANT_PIECE,
-    LOOPS_IN_GRAPHS,
     MOST_DRAFTS,
     Added,
     Caches,
-    Models,
-    Read,
     Requests,
     Sequences,
-    first_step,
-    read_out,
-    steps,
 )
 from dsv4_jax.errors import MemoryPlanError, RequestError
-from dsv4_jax.model import Params, bind
-from dsv4_jax.mtp import bind_mtp, make_mtp_cache
+from dsv4_jax.model import Params
+from dsv4_jax.mtp import make_mtp_cache
 from dsv4_jax.numerics import Numerics
-from dsv4_jax.parallel import on_all, put_row, settled, take_row
+from dsv4_jax.parallel import on_all, settled
 from dsv4_jax.penalties import Penalties, Said
 from dsv4_jax.prefix import PrefixCache, PromptState, put_block, take_block
 from dsv4_jax.sampling import SamplingParams
 from dsv4_jax.sharding import on_mesh
+from dsv4_jax.slots import begin, clear_row, follow, read_out_slot, read_piece, set_row, take_steps
 from pallas_kernels.dispatch import choose
 from pallas_kernels.target import current_target
 
 # Tokens of a prompt that are read at once: as many of these as are left of it, or the fewest.
 PIECES = (32, 128, 512)
+# From some hundred tokens on a piece reads all experts, which takes a GPU longer than what it computes.
+PIECES_ON_GPU = (*PIECES, 2048)  # of one GPU: `plan` has no more room on a mesh
 MOST_WARM_UPS = 4
 FinishReason = Literal["stop", "length", "error", "cancelled"]
 
@@ -137,7 +134,7 @@ class Engine:
         max_len: int,
         draft_tokens: int = 0,
         implementation: str | None = None,
-        pieces: Sequence[int] = PIECES,
+        pieces: Sequence[int] | None = None,
         prefix_bytes: int = 0,
         invariant: bool = False,
         steps_at_once: int | None = None,
@@ -145,7 +142,8 @@ class Engine:
         """Allocates the caches of all slots.
 
         Args:
-          pieces: lengths of the pieces in which prompts are read; `invariant` has one of its own.
+          pieces: in which prompts are read, in tokens; `invariant` has one of its own. None is PIECES,
+            on one GPU PIECES_ON_GPU unless beginnings are kept, whose blocks are to be short.
           prefix_bytes: memory for the beginnings of prompts; 0 keeps none.
           steps_at_once: None is one on a CPU and some on a GPU.
 
@@ -161,9 +159,11 @@ class Engine:
         self.model, self.numerics, self.implementation = model, numerics, implementation
         self.slots, self.max_len, self.draft_tokens = slots, max_len, draft_tokens
         self.invariant = invariant
-        several = STEPS_ON_GPU if current_target().vendor != "cpu" else 1
-        self.steps_at_once = steps_at_once or several
+        on_gpu = current_target().vendor != "cpu"
+        self.steps_at_once = steps_at_once or (STEPS_ON_GPU if on_gpu else 1)
         self.prefix_hits = self.prefix_tokens = 0
+        long = on_gpu and not prefix_bytes and not model.mesh
+        pieces = pieces or (PIECES_ON_GPU if long else PIECES)
         self._pieces = (INVARIANT_PIECE,) if invariant else tuple(sorted(pieces))
         # Caches of one size for any number of drafts, so that the programs which take them are the same.
         max_draft = MOST_DRAFTS if invariant else draft_tokens
@@ -354,7 +354,7 @@ class Engine:
                 request.slot = slot
                 self._running[slot] = request
                 row = dataclasses.replace(Requests.stack([request.sampling]), penalties=None)
-                self._requests = _set_row(self._requests, row, np.int32(slot))
+                self._requests = set_row(self._requests, row, np.int32(slot))
                 if request.sampling.penalises or self._penalised is not None:
                     self._remember(request)
 
@@ -366,7 +366,7 @@ class Engine:
             self._penalised = settled((none, Said.nothing(self.slots, vocab_size)))
         row = Penalties.stack([request.sampling]), Said.prompt_of(request.ids, vocab_size)
         slot = np.int32(request.slot)  # type: ignore[arg-type]
-        self._penalised = _set_row(self._penalised, row, slot)
+        self._penalised = set_row(self._penalised, row, slot)
 
     @contextmanager
     def _asked(self, requests: Iterable[_Request]) -> Iterator[Requests]:
@@ -433,19 +433,19 @@ class Engine:
         if request.reading:
             return []
         place = np.array([slot, len(request.ids)], np.int32)
-        last = _read_out(*self._static, self._params[0], self._last, np.int32(slot))
+        last = read_out_slot(*self._static, self._params[0], self._last, np.int32(slot))
         told = self._told([request], 1)[0]
         with self._asked([request]) as asked:
             what = self._params, asked, self._sequences, last, told, place
-            added, self._sequences = _begin(*self._static, self.draft_tokens, *what)
+            added, self._sequences = begin(*self._static, self.draft_tokens, *what)
         return self._events(added, {slot: request}, drafted=0)
 
     def _read_ids(self, ids: Int32[np.ndarray, "1 T"], numbers: Int32[np.ndarray, "3"]) -> None:
         """Runs a piece of a prompt through the model, then through the MTP head."""
         caches = self._sequences.caches
-        streams, main = _read_prompt(*self._static, self._params[0], caches.main, ids, numbers)
+        streams, main = read_piece(*self._static, self._params[0], caches.main, ids, numbers)
         behind = caches.head, self._last
-        head, last = _follow(*self._static, self._params, behind, streams, ids, numbers)
+        head, last = follow(*self._static, self._params, behind, streams, ids, numbers)
         self._state = PromptState(Caches(main, head), last)
 
     def _decode(self, asked: Requests, requests: Iterable[_Request]) -> Added:
@@ -454,7 +454,7 @@ class Engine:
         if any(request.reading for request in self._running.values()):
             most = 1
         what = self._params, asked, self._sequences, self._told(requests, most), np.int32(most)
-        added, self._sequences = _steps(*self._static, self.invariant, *what)
+        added, self._sequences = take_steps(*self._static, self.invariant, *what)
         return added
 
     def _told(
@@ -504,137 +504,14 @@ class Engine:
     def _stop(self, request: _Request) -> None:
         slot = request.slot
         assert slot is not None
-        done = _set_row(self._sequences.done, np.ones(1, bool), np.int32(slot))
+        done = set_row(self._sequences.done, np.ones(1, bool), np.int32(slot))
         self._sequences = dataclasses.replace(self._sequences, done=done)
         self._clear(slot)
         del self._running[slot]
 
     def _clear(self, slot: int) -> None:
         """Empties the caches of a slot in which there are, or may be, numbers that are not finite."""
-        self._state = _clear_row(self._state, np.int32(slot))
-
-
-# --- device programs
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _set_row(tree: Any, row: Any, slot: Int32[Array, ""]) -> Any:
-    """`tree` with row `slot` of each leaf replaced."""
-    return put_row(tree, row, slot)
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _clear_row(tree: Any, slot: Int32[Array, ""]) -> Any:
-    return _set_row(tree, jax.tree.map(lambda leaf: jnp.zeros_like(leaf[:1]), tree), slot)
-
-
-def _models(config: Config, numerics: Numerics, params: tuple[Params, Params | None]) -> Models:
-    main, mtp = params
-    return Models(bind(config, numerics, main), None if mtp is None else bind_mtp(config, numerics, mtp))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _read_prompt(
-    config: Config,
-    numerics: Numerics,
-    params: Params,
-    cache: Cache,
-    ids: Int32[Array, "1 T"],
-    numbers: Int32[Array, "3"],
-) -> tuple[Float[Array, "1 T X M"], Cache]:
-    """Reads a piece of one slot's prompt: its streams, and the cache of all slots.
-
-    Args:
-      numbers: the slot, the piece's position, and its tokens.
-    """
-    slot = numbers[0]
-    model = bind(config, numerics, params)
-    streams, row = model(ids, numbers[1:2], numbers[2:3], take_row(cache, slot))
-    return streams, _set_row(cache, row, slot)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _read_out(
-    config: Config, numerics: Numerics, params: Params, last: Float[Array, "S X M"], slot: Int32[Array, ""]
-) -> Read:
-    """What the model says after the prompt of one slot."""
-    return read_out(bind(config, numerics, params), take_row(last, slot)[:, None])
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _follow(
-    config: Config,
-    numerics: Numerics,
-    params: tuple[Params, Params | None],
-    behind: tuple[LayerCache | None, Float[Array, "S X M"]],
-    streams: Float[Array, "1 T X M"],
-    ids: Int32[Array, "1 T"],
-    numbers: Int32[Array, "3"],
-) -> tuple[LayerCache | None, Float[Array, "S X M"]]:
-    """The MTP head's cache after a piece that the model has read, and the streams of its last token.
-
-    Args:
-      behind: both as they were before the piece; the head is one token behind the model.
-      numbers: as in `_read_prompt`.
-    """
-    slot, position, here = numbers[0], numbers[1:2], numbers[2:3]
-    models = _models(config, numerics, params)
-    row, last = take_row(behind, slot)
-    if models.head is not None:
-        # The piece's tokens follow the last one before it and all of its own but the last.
-        before = jnp.concatenate([last[:, None], streams[:, :-1]], axis=1)
-        start = position == 0  # where none is before it
-        before = jnp.where(start, streams, before)
-        following = jnp.where(start, jnp.roll(ids, -1, axis=1), ids)
-        _, row = models.head(models.main, before, following, jnp.maximum(position - 1, 0), here - start, row)
-    last = jax.lax.dynamic_index_in_dim(streams, here[0] - 1, axis=1, keepdims=False)
-    return _set_row(behind, (row, last), slot)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
-def _begin(
-    config: Config,
-    numerics: Numerics,
-    draft_tokens: int,
-    params: tuple[Params, Params | None],
-    requests: Requests,
-    sequences: Sequences,
-    last: Read,
-    forced: Int32[Array, " S"],
-    place: Int32[Array, "2"],
-) -> tuple[Added, Sequences]:
-    """The first token of the slot `place[0]`, whose prompt of `place[1]` tokens has been read.
-
-    What it adds is that of all slots, of which the others get nothing.
-    """
-    models, slot = _models(config, numerics, params), place[0]
-    row, asked, told, said = take_row((sequences.caches, requests, forced, sequences.said), slot)
-    eos = config.eos_token_id
-    added, begun = first_step(models, asked, last, place[1:], row, draft_tokens, eos, said, told)
-    slots = sequences.count.shape[0]
-    nothing = jax.tree.map(lambda leaf: jnp.zeros((slots, *leaf.shape[1:]), leaf.dtype), added)
-    return on_all(_set_row(nothing, added, slot)), _set_row(sequences, begun, slot)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5, compiler_options=LOOPS_IN_GRAPHS)
-def _steps(
-    config: Config,
-    numerics: Numerics,
-    invariant: bool,
-    params: tuple[Params, Params | None],
-    requests: Requests,
-    sequences: Sequences,
-    forced: Int32[Array, "n S"],
-    most: Int32[Array, ""],
-) -> tuple[Added, Sequences]:
-    """Up to `most` decode steps; all it is given may change without a compile."""
-    models = _models(config, numerics, params)
-    eos = config.eos_token_id
-    added, following = steps(models, requests, sequences, eos, forced, most, invariant=invariant)
-    return on_all(added), following
-
-
-# --- host helpers
+        self._state = clear_row(self._state, np.int32(slot))
 
 
 def _idle(slots: int) -> Requests:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv4_jax.cache import make_cache
-from dsv4_jax.checkpoint.load import LoadedModel, load
+from dsv4_jax.checkpoint.load import load
 from dsv4_jax.checkpoint.synthetic import write_checkpoint
 from dsv4_jax.config import FLASH
 from dsv4_jax.model import bind
@@ -47,7 +47,7 @@ _SMALL = dataclasses.replace(
     moe_intermediate_size=512,
     max_position_embeddings=4096,
 )
-When = Literal["prefill", "decode"]
+When = str  # "prefill" or "decode"
 
 # Programs run once, and of the fastest way to multiply nothing is asked. Roundings between ops of one program
 # are part of the definitions, those to FP8 among them: XLA would leave them out.
@@ -94,33 +94,25 @@ def check_kernels(*, run: bool = True) -> Iterator[Verdict]:
         path = Path(folder) / "made-up"
         write_checkpoint(path, _SMALL, shards=1, mtp=False)
         model = load(path)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        groups = _grouped(_calls(model, pool if run else None))
-        prepared = [_prepared(calls, pool if run else None) for _, calls in groups]
-        for (when, calls), programs in zip(groups, prepared, strict=True):
-            yield from _verdicts(when, calls, programs)
-
-
-def _calls(model: LoadedModel, pool: ThreadPoolExecutor | None) -> dict[When, list[Call]]:
-    """The calls of a prompt and of a step after it, with the arrays that were given.
-
-    Args:
-      pool: to compile in; None: shapes in place of arrays.
-    """
     ids = np.arange(2 * _PROMPT, dtype=np.int32).reshape(2, -1) * 7 % _SMALL.vocab_size
     start, length = np.zeros(2, np.int32), np.array([_PROMPT, _PROMPT - 3], np.int32)
     cache = make_cache(_SMALL, OFFICIAL, batch=2, max_len=_ROOM)
-    prompt = model.params, ids, start, length
-    token = model.params, ids[:, :1], length, np.ones(2, np.int32)
-    traced: dict[When, _Traced] = {"prefill": _traced(*prompt, cache), "decode": _traced(*token, cache)}
-    if pool is None:
-        return {when: each.calls(each.out[0]) for when, each in traced.items()}
-    prefill, decode = pool.map(_Traced.compile, traced.values())
-    arrays, cache = prefill(*prompt, cache)
-    return {
-        "prefill": traced["prefill"].calls(arrays),
-        "decode": traced["decode"].calls(decode(*token, cache)[0]),
+    given: dict[When, Any] = {
+        "prefill": (model.params, ids, start, length),
+        "decode": (model.params, ids[:, :1], length, np.ones(2, np.int32)),
     }
+    traced = {when: _traced(*each, cache) for when, each in given.items()}
+    # Shapes in place of arrays, at first: enough to compile what is to be held against the definitions.
+    calls = {when: each.calls(each.out[0]) for when, each in traced.items()}
+    groups = _grouped(calls)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        compiling = {when: pool.submit(each.compile) for when, each in traced.items() if run}
+        prepared = [_prepared(calls[when][places[0]], pool if run else None) for when, places in groups]
+        for when, program in compiling.items():
+            arrays, cache = program.result()(*given[when], cache)
+            calls[when] = traced[when].calls(arrays)
+        for (when, places), programs in zip(groups, prepared, strict=True):
+            yield from _verdicts(when, [calls[when][place] for place in places], programs)
 
 
 _MISSING = object()  # where an array was
@@ -133,7 +125,7 @@ class _Traced:
     Attributes:
       program: as `jax.jit` traced it.
       out: shapes of what it gives.
-      noted: the calls; arrays in them are None.
+      noted: the calls; arrays in them are missing.
     """
 
     program: Any
@@ -191,33 +183,33 @@ def _filled(call: Call, given: Iterator[Any], missing: Callable[[Any], bool] | N
     return Call(call.implementations, arguments, keywords)
 
 
-def _grouped(calls: dict[When, list[Call]]) -> list[tuple[When, list[Call]]]:
-    """Calls of one function with arguments of one kind together, which one program runs; by function."""
-    groups: dict[Any, list[Call]] = collections.defaultdict(list)
+def _grouped(calls: dict[When, list[Call]]) -> list[tuple[When, list[int]]]:
+    """Places of calls of one function with arguments of one kind, which one program runs; by function."""
+    groups: dict[Any, list[int]] = collections.defaultdict(list)
     for when, each in calls.items():
-        for call in each:
+        for place, call in enumerate(each):
             tree = jax.tree.structure((call.arguments, dict(call.keywords)))
             kinds = tuple(f"{x.dtype}{x.shape}" if _is_array(x) else str(x) for x in _leaves(call))
-            groups[(when, call.implementations, str(tree), kinds)].append(call)
-    functions = list(dict.fromkeys(implementations for _, implementations, *_ in groups))
-    found = [(key[0], group) for key, group in groups.items()]
-    return sorted(found, key=lambda each: functions.index(each[1][0].implementations))
+            groups[(call.implementations, when, str(tree), kinds)].append(place)
+    functions = list(dict.fromkeys(implementations for implementations, *_ in groups))
+    ordered = sorted(groups, key=lambda key: functions.index(key[0]))
+    return [(key[1], groups[key]) for key in ordered]
 
 
 Program = Callable[[list[jax.Array]], Any]
 
 
-def _prepared(calls: list[Call], pool: ThreadPoolExecutor | None) -> dict[int, Future[Program] | None]:
+def _prepared(call: Call, pool: ThreadPoolExecutor | None) -> dict[int, Future[Program] | None]:
     """What takes such calls here, by its place among the implementations; as a program if it is to run."""
-    first, target = calls[0], current_target()
+    target = current_target()
     fitting = [
         place
-        for place, each in enumerate(first.implementations)
-        if each.fits(target, *first.arguments, **first.keywords)
+        for place, each in enumerate(call.implementations)
+        if each.fits(target, *call.arguments, **call.keywords)
     ]
     if pool is None or len(fitting) == 1:  # nothing to hold against the definition
         return dict.fromkeys(fitting)
-    return {place: pool.submit(_compiled, first.implementations[place].run, first) for place in fitting}
+    return {place: pool.submit(_compiled, call.implementations[place].run, call) for place in fitting}
 
 
 def _compiled(function: Callable[..., Any], call: Call) -> Program:

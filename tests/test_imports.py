@@ -27,7 +27,7 @@ LEVELS = [
     ["sampling"],
     ["penalties", "speculative"],
     ["decode"],
-    ["generate", "prefix"],
+    ["generate", "prefix", "slots"],
     ["engine"],
     ["tokenizer"],
     ["chat.*", "stops"],

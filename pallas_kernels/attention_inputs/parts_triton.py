@@ -92,12 +92,12 @@ def _exponent_of_scale(largest, FLOOR: tl.constexpr, MOST_BITS: tl.constexpr):
 @triton.jit
 def _nearest(x, exponent, LOWEST_EXPONENT: tl.constexpr, MANTISSA_BITS: tl.constexpr):
     """x as a format with such scales can say it; see `requantized`."""
-    SIGN: tl.constexpr = -0x80000000  # which a zero keeps
     bits = x.to(tl.int32, bitcast=True)
     power = tl.maximum(bits & 0x7F800000, (exponent + LOWEST_EXPONENT) << 23)
     large = (power + (((23 - MANTISSA_BITS) << 23) + 0x400000)).to(tl.float32, bitcast=True)
     nearest = (x + large) - large
-    return (nearest.to(tl.int32, bitcast=True) | (bits & SIGN)).to(tl.float32, bitcast=True)
+    sign = bits & -0x80000000  # which a zero keeps
+    return (nearest.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
 
 
 @triton.jit

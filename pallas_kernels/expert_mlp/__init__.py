@@ -55,7 +55,7 @@ def _triton_fits(target: Target, x, experts, weights, w1, w2, w3, limit, activat
 
 IMPLEMENTATIONS = (
     Implementation("mosaic", _run_few, fits=_few_fits),
-    Implementation("mosaic", _run_many, fits=_many_fits, proven=False),
+    Implementation("mosaic", _run_many, fits=_many_fits),
     Implementation("triton", _run_triton, fits=_triton_fits),
     Implementation("reference", reference.expert_mlp),
 )

@@ -9,6 +9,8 @@ from pallas_kernels.expert_mlp.plan import plan
 from pallas_kernels.expert_mlp.tiles import ExpertTiles
 from pallas_kernels.target import Target
 
+MANY = 26  # rows of an expert, on average, beyond which tiles of 64 tokens and more are filled
+
 
 def few_fits(target: Target, x, experts, weights, w1, w2, w3, limit, activation) -> bool:
     """Whether `few_tokens` takes these: FP4 in tiles, few rows for each expert, on Hopper."""
@@ -19,11 +21,12 @@ def few_fits(target: Target, x, experts, weights, w1, w2, w3, limit, activation)
 
 
 def many_fits(target: Target, x, experts, weights, w1, w2, w3, limit, activation) -> bool:
-    """Whether `many_tokens` takes these: FP4 in tiles by quantised activations, on Hopper."""
+    """Whether `many_tokens` takes these: FP4 in tiles by quantised activations, many rows each, on Hopper."""
     prepared = w3 is None and isinstance(w1, ExpertTiles) and isinstance(w2, ExpertTiles)
     if target.arch != "sm_90" or not prepared or x.dtype != jnp.bfloat16 or x.size == 0:
         return False
-    return activation is not None and w1.shape[1] % 256 == 0 and w2.shape[1] % 256 == 0
+    even = w1.shape[1] % 256 == 0 and w2.shape[1] % 256 == 0
+    return activation is not None and even and experts.size > MANY * w1.shape[0]
 
 
 def few_tokens(

@@ -210,5 +210,5 @@ def few_config_for(rows: int, shape: tuple[int, ...], activation: str | None) ->
     tokens = next((tokens for most, tokens in FEW_TOKENS[terms] if rows <= most * count), None)
     if tokens is None or hidden % (4 * BLOCK) or both // 2 % (4 * BLOCK):
         return None
-    config = deepest_few(max(hidden, both // 2), tokens, terms=terms)
+    config = deepest_few(max(hidden, both // 2), tokens, terms=terms, ahead=3)
     return config if config.stages >= 3 else None

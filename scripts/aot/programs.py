@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dsv4_jax import engine
 from dsv4_jax.cache import Cache, make_cache
 from dsv4_jax.checkpoint.layouts import Layout
 from dsv4_jax.checkpoint.names import nest, parameters
@@ -20,6 +19,7 @@ from dsv4_jax.numerics import Numerics
 from dsv4_jax.parallel import Along, parameter_specs_of, rows_of
 from dsv4_jax.sampling import SamplingParams
 from dsv4_jax.sharding import Placement, Rules, current_rules, placements, resolve, spec
+from dsv4_jax.slots import read_piece
 from pallas_kernels import Target
 
 
@@ -114,4 +114,4 @@ def prefill_piece(
     cache = cache_shapes(config, numerics, slots, max_len)
     whole = NamedSharding(jax.sharding.get_mesh(), PartitionSpec())
     ids, numbers = (jax.ShapeDtypeStruct(shape, jnp.int32, sharding=whole) for shape in ((1, tokens), (3,)))
-    return engine._read_prompt.trace(config, numerics, params, cache, ids, numbers)
+    return read_piece.trace(config, numerics, params, cache, ids, numbers)

@@ -28,8 +28,9 @@ import jax.numpy as jnp
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from floors import bytes_per_s
 from harness import Repeated, facts, save, timed
-from small_ops import COLD_BYTES, COPY_BYTES_PER_S, error, size_bytes
+from small_ops import COLD_BYTES, error, size_bytes
 
 from dsv4_jax.config import FLASH
 from dsv4_jax.nn.rope import rope_frequencies
@@ -178,7 +179,7 @@ class Case:
     @property
     def floor_us(self) -> float:
         """Reading what is given and writing what is returned, once."""
-        return (size_bytes(self.inputs[0]) + size_bytes(self.expected)) / COPY_BYTES_PER_S * 1e6
+        return (size_bytes(self.inputs[0]) + size_bytes(self.expected)) / bytes_per_s() * 1e6
 
 
 def prepare(case: Case, implementation: str) -> tuple[Repeated, float]:

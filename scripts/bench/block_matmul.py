@@ -32,6 +32,7 @@ import jax.numpy as jnp
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from floors import bytes_per_s
 from harness import facts, save, timed
 
 from pallas_kernels import QuantArray, current_target
@@ -40,7 +41,6 @@ from pallas_kernels.block_matmul import triton as kernels
 from pallas_kernels.block_matmul.tiles import BLOCK, Operand, Tile, tile_for, tuned
 from pallas_kernels.triton_call import Engine, compile_offline, launches
 
-COPY_BYTES_PER_S = 4.3e12  # what a plain copy reaches on an H200
 FP8_FLOP_PER_S = 1.5e15
 FEWEST_CALLS = 24  # in one turn of the loop
 COLD_BYTES = 134e6  # of weights between two uses of one: twice the L2 cache
@@ -208,7 +208,7 @@ class Case:
         x_bytes = self.tokens * columns * (1 if groups == 1 else 2 * groups)
         moved = rows * columns + x_bytes + 2 * self.tokens * rows
         rate = FP8_FLOP_PER_S if groups == 1 else FP8_FLOP_PER_S / 2
-        return max(moved / COPY_BYTES_PER_S, 2 * self.tokens * rows * columns / rate) * 1e6
+        return max(moved / bytes_per_s(), 2 * self.tokens * rows * columns / rate) * 1e6
 
     @property
     def operand(self) -> Operand:

@@ -17,7 +17,8 @@ A case that does not fit is named and left out. Everything is compiled before an
   python scripts/bench/decode.py --cases "decode B="{1,8,32,128}" ctx=4k"
   python scripts/bench/decode.py --cases "decode B="{1,8}" ctx=32k k="{1,2,3} --profile
   python scripts/bench/decode.py --cases "decode B="{1,128}" ctx=1M" --layers-of-each 1
-  python scripts/bench/decode.py --cases "prefill 4k" --piece 2048
+  python scripts/bench/decode.py --cases "decode B="{1,8,32,128}" ctx=4k" --kinds model --invariant
+  python scripts/bench/decode.py --cases "prefill 4k" --piece 4096
   python scripts/bench/decode.py --model pro --layers-of-each 2 --cases "decode B=1 ctx=32k"
 
 Without a GPU `--model tiny --cases "decode B=2 ctx=64 k=1"` tries it out.
@@ -50,8 +51,8 @@ from profile_kernels import kernel_times, print_kernel_times
 
 from dsv4_jax.cache import LayerCache, make_cache
 from dsv4_jax.config import PRESETS, Config
-from dsv4_jax.decode import LOOPS_IN_GRAPHS, Caches, Models, Requests, Sequences, steps
-from dsv4_jax.engine import PIECES, STEPS_ON_GPU
+from dsv4_jax.decode import LOOPS_IN_GRAPHS, MOST_DRAFTS, Caches, Models, Requests, Sequences, steps
+from dsv4_jax.engine import PIECES_ON_GPU, STEPS_ON_GPU
 from dsv4_jax.model import bind, declare, run_block
 from dsv4_jax.mtp import bind_mtp, make_mtp_cache
 from dsv4_jax.numerics import OFFICIAL
@@ -194,17 +195,17 @@ class Work:
         return f"{self.kind} {self.case.of_layer}"
 
 
-def works(model: Model, case: Case, piece: int, count: int) -> list[Work]:
-    """The whole model, and its layers of each kind; `count` steps at once."""
+def works(model: Model, case: Case, piece: int, count: int, *, invariant: bool = False) -> list[Work]:
+    """The whole model, `invariant` or not, and its layers of each kind; `count` steps at once."""
     if case.mode == "decode":
         return [
-            _decode_steps(model, case, count),
+            _decode_steps(model, case, count, invariant),
             *(_layer_steps(model, case, kind, count) for kind in model.kinds),
         ]
     return [_prefill(model, case, piece), *(_layer_prefill(model, case, kind, piece) for kind in model.kinds)]
 
 
-def _decode_steps(model: Model, case: Case, count: int) -> Work:
+def _decode_steps(model: Model, case: Case, count: int, invariant: bool) -> Work:
     config, drafts = model.config, case.drafts
 
     def advance(params: Any, state: State) -> tuple[Any, State]:
@@ -212,12 +213,13 @@ def _decode_steps(model: Model, case: Case, count: int) -> Work:
         models = Models(bind(config, OFFICIAL, main), bind_mtp(config, OFFICIAL, mtp) if drafts else None)
         # Every run begins where the first one did, and so needs no more room.
         start = dataclasses.replace(state["sequences"], position=_positions(case))
-        most = state["most"]
-        added, after = steps(models, state["requests"], start, config.eos_token_id, state["forced"], most)
+        what = state["requests"], start, config.eos_token_id, state["forced"], state["most"]
+        added, after = steps(models, *what, invariant=invariant)
         return added.logprobs, state | {"sequences": after}
 
     def state() -> State:
-        sizes = {"batch": case.batch, "max_len": case.context + ROOM, "max_draft": drafts}
+        max_draft = MOST_DRAFTS if invariant else drafts
+        sizes = {"batch": case.batch, "max_len": case.context + ROOM, "max_draft": max_draft}
         greedy = SamplingArrays.stack([SamplingParams(temperature=0.0)] * case.batch)
         endless = jnp.full(case.batch, 2**30), jnp.zeros(case.batch, bool)
         sequences = Sequences(
@@ -594,12 +596,19 @@ def main(arguments: list[str] | None = None) -> int:
         jobs = [
             (work, pool.submit(budget.prepare, work, options.implementation))
             for case in cases
-            for work in works(model, case, min(options.piece, case.context), options.steps_at_once)
+            for work in works(
+                model,
+                case,
+                min(options.piece, case.context),
+                options.steps_at_once,
+                invariant=options.invariant,
+            )
             if work.kind in options.kinds and budget.fits(work, planned_bytes(work))
         ]
     print(f"# compiled; {budget.passed:.0f} s", flush=True)
 
-    here, wrong = facts() | {"implementation": options.implementation or "default"}, 0
+    mode = "invariant" if options.invariant else options.implementation or "default"
+    here, wrong = facts() | {"implementation": mode}, 0
     for case in cases:
         of_case = [job for job in jobs if job[0].case == case]
         rows, failed = measure_case(model, case, of_case, budget, options.profile)
@@ -627,9 +636,10 @@ def _parser() -> argparse.ArgumentParser:
         "--kinds", choices=kinds, nargs="+", default=kinds, help="all make the row of all layers"
     )
     parser.add_argument(
-        "--piece", type=int, default=PIECES[-1], help="tokens of a prompt that are read at once"
+        "--piece", type=int, default=PIECES_ON_GPU[-1], help="tokens of a prompt that are read at once"
     )
     parser.add_argument("--steps-at-once", type=int, default=STEPS_ON_GPU, help="decode steps of one program")
+    parser.add_argument("--invariant", action="store_true", help="whole decode steps as with `invariant`")
     parser.add_argument("--implementation", help="as the command line's option; by default the fastest")
     parser.add_argument("--seconds", type=float, default=85, help="begin no new case after so long")
     parser.add_argument(

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from floors import bytes_per_s
 from harness import median_us, timed
 from profile_kernels import kernel_times
 
@@ -26,7 +27,6 @@ from pallas_kernels.swiglu.reference import swiglu
 
 MODELS = {"flash": FLASH, "pro": PRO}
 LIMIT = 10.0
-COPY_BYTES_PER_S = 4.3e12  # what a plain copy reaches on an H200
 FP8_FLOP_PER_S = 1.48e15
 MOST_ERROR = 3e-3  # relative: rounding to bfloat16 alone makes 1.7e-3
 PROGRAM_US = 8_000  # how long one program of a measurement runs
@@ -79,7 +79,7 @@ def floor_us(config: Config, experts: Sequence[jax.Array], value_bytes: float, f
     """The longer of reading the chosen experts' weights once and doing the arithmetic."""
     size = 3 * config.hidden_size * config.moe_intermediate_size
     touched = sum(len(set(chosen.reshape(-1).tolist())) for chosen in experts) / len(experts)
-    read = touched * size * value_bytes / COPY_BYTES_PER_S
+    read = touched * size * value_bytes / bytes_per_s()
     compute = 2 * experts[0].size * size / (FP8_FLOP_PER_S if fp8 else FP8_FLOP_PER_S / 2)
     return max(read, compute) * 1e6
 
@@ -327,5 +327,5 @@ class Case:
         return {
             **times,
             "us_kernels": round(kernels_us, 1),
-            "us_with_routing": round(timed(with_plan, self.calls)["us"], 1),
+            "us_with_routing": round(timed(with_plan, self.calls, sustained_ms=0)["us"], 1),
         }

@@ -1,21 +1,28 @@
-"""How fast a step of the model can be on one H200: what must be moved at the memory's rate, or computed.
+"""How fast a step of the model can be on one GPU: what must be moved at the memory's rate, or computed.
 
 An op's floor is the longer of moving every byte once (the weights it touches, what it reads of caches, its
 activations in and out) and doing its arithmetic; a step's is the sum over its ops, which run one after the
-other. Experts are taken as routed at random. Made for one device; nothing here looks at any.
+other. Experts are taken as routed at random. The rates are those of the device that is there, or of an H200.
 """
 
 import dataclasses
 from collections.abc import Iterator
 
+import jax
+
 from dsv4_jax.config import Config
 
-BYTES_PER_S = 4.3e12  # of a copy, measured
+BYTES_PER_S = {"NVIDIA H200": 4.3e12, "NVIDIA H100 80GB HBM3": 3.35e12}
 BF16, FP8, TF32 = 790e12, 1500e12, 395e12  # FLOP/s; bfloat16 measured, the others as the chip is sold
 
 FP4_BYTES = 0.5 + 1 / 32  # of a weight, with its share of a scale
 KEY_VALUE_BYTES = 448 + 2 * 64 + 8  # of an entry: FP8 numbers, rotated ones in bfloat16, scales
 INDEX_KEY_BYTES = 128 + 4  # FP8 numbers and a scale
+
+
+def bytes_per_s() -> float:
+    """Of the memory of the GPU that is there; without one that is known, of an H200's."""
+    return BYTES_PER_S.get(jax.devices()[0].device_kind, BYTES_PER_S["NVIDIA H200"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +53,7 @@ class Op:
 
     @property
     def us(self) -> float:
-        return max(self.bytes / BYTES_PER_S, self.flop / self.rate) * 1e6
+        return max(self.bytes / bytes_per_s(), self.flop / self.rate) * 1e6
 
 
 def step_us(config: Config, reads: Reads, drafts: int = 0) -> float:

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from floors import bytes_per_s
 from harness import Repeated, facts, save, timed
 from profile_kernels import kernel_times, print_kernel_times
 from small_ops import size_bytes
@@ -36,7 +37,6 @@ from pallas_kernels.hyper_connection import hc_head, hc_post, hc_post_pre, hc_pr
 from pallas_kernels.hyper_connection import triton as kernels
 
 MODELS = {"flash": FLASH, "pro": PRO}
-COPY_BYTES_PER_S = 4.3e12  # what a plain copy reaches on an H200
 COLD_BYTES = 134e6  # of inputs between two uses of one: twice the L2 cache
 MOST_INPUTS = {"triton": 48, "reference": 2}  # the reference is many kernels, which take long to compile
 ROUND_US, PROGRAM_US = 400, 1500  # about how long a round and one program are to run
@@ -166,7 +166,7 @@ class Case:
     def floor_us(self) -> float:
         """Reading what is read and writing what is written, once."""
         row_bytes = 2 * MODELS[self.model].hidden_size
-        return (self.op.rows * self.tokens * row_bytes + self.op.weight_bytes) / COPY_BYTES_PER_S * 1e6
+        return (self.op.rows * self.tokens * row_bytes + self.op.weight_bytes) / bytes_per_s() * 1e6
 
     def errors(self, found: Any) -> tuple[float, float]:
         """The largest of a number in float32, and that of an array in bfloat16."""

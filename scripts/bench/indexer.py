@@ -28,9 +28,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from floors import bytes_per_s
 from harness import Repeated, facts, save, timed
 from profile_kernels import kernel_times
-from small_ops import COLD_BYTES, COPY_BYTES_PER_S, size_bytes
+from small_ops import COLD_BYTES, size_bytes
 
 from dsv4_jax.config import FLASH
 from pallas_kernels.formats import fake_quantize, quantize
@@ -88,12 +89,12 @@ class Case:
         """Of scores: of the arithmetic, or of reading keys and writing scores."""
         pairs = self.batch * self.tokens * self.entries
         if self.kind == "top-k":
-            return 4 * pairs / COPY_BYTES_PER_S * 1e6
+            return 4 * pairs / bytes_per_s() * 1e6
         fp4 = self.kind == "fp4"
         rate, of_key = (FP8_FLOP_PER_S, 68) if fp4 else (BF16_FLOP_PER_S, 256)
         of_queries = self.batch * self.tokens * HEADS * CHANNELS * (1 if fp4 else 2)
         bytes = self.batch * self.entries * of_key + of_queries + 4 * pairs
-        return 1e6 * max(2 * pairs * HEADS * CHANNELS / rate, bytes / COPY_BYTES_PER_S)
+        return 1e6 * max(2 * pairs * HEADS * CHANNELS / rate, bytes / bytes_per_s())
 
     @functools.cached_property
     def inputs(self) -> list[Any]:

@@ -1,21 +1,18 @@
 #!/usr/bin/env python3
-"""What `invariant` promises, held on this device, and what it costs: three layers of Flash, made-up weights.
+"""What `invariant` promises, held on this device: three layers of Flash, made-up weights.
 
-For each number of slots four engines answer the same prompts: with and without `invariant`, with and without
-drafts. The two that are invariant must agree in every bit of tokens and logprobs, with each other and with
-prompts that are asked alone; how many answers of the other two agree is told. Then each engine's decode step
-is timed with all slots under way; made-up drafts hardly ever stand, so a step brings one token a slot.
-`generate` is held to the same with the first number of slots. All compiles at once, in threads. On one H200:
+For each number of slots two engines answer the same prompts, with and without drafts. They must agree in each
+bit of tokens and logprobs, with each other and with prompts that are asked alone. `generate` is held to the
+same with the first number of slots. All compiles at once, in threads. `decode.py --invariant` times what it
+costs. On one GPU:
 
-  python scripts/bench/invariant.py --slots 1 8 --results scripts/bench/results/h200.json
-  python scripts/bench/invariant.py --slots 32 128 --results scripts/bench/results/h200.json
+  python scripts/bench/invariant.py --slots 1 8
 
 Without a GPU `--model tiny --slots 2` tries it out. Exit code 1: a bit differed that must not.
 """
 
 import argparse
 import dataclasses
-import statistics
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +24,6 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from harness import facts, save
 from made_up import made_up_params
 
 from dsv4_jax.checkpoint.load import LoadedModel
@@ -43,7 +39,6 @@ CONFIGS = {
     "tiny": TINY,
 }
 MAX_LEN, NEW, MOST_ASKED = 1024, 16, 32
-TIMED_STEPS = 30
 
 Bits = tuple[list[int], list[float]]
 
@@ -58,12 +53,12 @@ def prompts(config: Config, count: int) -> list[list[int]]:
     return [random.integers(2, config.vocab_size, random.integers(1, 700)).tolist() for _ in range(count)]
 
 
-def engines(model: LoadedModel, slots: int, drafts: int, invariant: bool) -> list[Engine]:
-    """Without drafts and with, warm. One after the other: those that are invariant share programs."""
+def engines(model: LoadedModel, slots: int, drafts: int) -> list[Engine]:
+    """Without drafts and with, warm. One after the other: they share programs."""
     made = []
     for k in (0, drafts):
         sizes: dict[str, Any] = {"slots": slots, "max_len": MAX_LEN, "draft_tokens": k}
-        engine = Engine(model, numerics=OFFICIAL, invariant=invariant, pieces=(512,), **sizes)
+        engine = Engine(model, numerics=OFFICIAL, invariant=True, **sizes)
         engine.warm_up()
         made.append(engine)
     return made
@@ -76,26 +71,6 @@ def answers(engine: Engine, asked: list[list[int]]) -> list[Bits]:
         found[event.request][0].extend(event.token_ids)
         found[event.request][1].extend(event.logprobs)
     return [found[number] for number in numbers]
-
-
-def step_us(engine: Engine) -> float:
-    """Median microseconds of a decode step with all slots under way."""
-    numbers = [engine.add([number + 2] * 32, greedy(700)) for number in range(engine.slots)]
-    for _ in range(engine.slots + 5):  # a prompt is read in each
-        engine.step()
-    times = []
-    for _ in range(3):
-        jax.block_until_ready(engine._sequences)
-        started = time.perf_counter()
-        for _ in range(TIMED_STEPS):
-            engine.step()
-        jax.block_until_ready(engine._sequences)
-        times.append(time.perf_counter() - started)
-    for number in numbers:
-        engine.cancel(number)
-    for _ in engine.run():
-        pass
-    return statistics.median(times) / TIMED_STEPS * 1e6
 
 
 def generated(model: LoadedModel, asked: list[list[int]], width: int, k: int) -> list[Bits]:
@@ -130,22 +105,17 @@ def main() -> int:
     parser.add_argument("--model", choices=list(CONFIGS), default="flash")
     parser.add_argument("--slots", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--drafts", type=int, default=2)
-    parser.add_argument("--results", type=Path, help="JSON file to add rows to")
     arguments = parser.parse_args()
 
     config, drafts = CONFIGS[arguments.model], arguments.drafts
     params, mtp_params = made_up_params(config, mtp=True)
     model = LoadedModel(config, params, mtp_params, None)
     jax.block_until_ready(params)
-    rows, wrong = [], 0
+    wrong = 0
     started = time.perf_counter()
     first = prompts(config, arguments.slots[0])
     with ThreadPoolExecutor() as pool:
-        made = {
-            (slots, invariant): pool.submit(engines, model, slots, drafts, invariant)
-            for slots in arguments.slots
-            for invariant in (False, True)
-        }
+        made = {slots: pool.submit(engines, model, slots, drafts) for slots in arguments.slots}
         loops = [pool.submit(generated, model, first, width, k) for width, k in ((700, 0), (900, drafts))]
     agree = same(*(loop.result() for loop in loops))
     wrong += agree < len(first)
@@ -154,32 +124,15 @@ def main() -> int:
 
     for slots in arguments.slots:
         asked = prompts(config, min(2 * slots + 1, MOST_ASKED))
-        plain, drafting = made[slots, True].result()
+        plain, drafting = made.pop(slots).result()  # their caches go with them
         expected = answers(plain, asked)
         agree = {
             "alone": same([answers(plain, [ids])[0] for ids in asked[:4]], expected[:4]) + len(asked[4:]),
             f"k={drafts}": same(answers(drafting, asked), expected),
         }
         wrong += sum(count < len(asked) for count in agree.values())
-        default = [answers(engine, asked) for engine in made[slots, False].result()]
         said = ", ".join(f"{name} {count}" for name, count in agree.items())
-        print(
-            f"B={slots}: of {len(asked)} answers agree: invariant {said};"
-            f" without it k={drafts} {same(default[1], default[0])}",
-            flush=True,
-        )
-        for invariant in (False, True):
-            for k, engine in zip((0, drafts), made[slots, invariant].result(), strict=True):
-                us = step_us(engine)
-                mode = "invariant" if invariant else "default"
-                print(f"B={slots} k={k} {mode}: {us / 1e3:.2f} ms a step", flush=True)
-                layers = f"model {arguments.model} {config.num_hidden_layers} layers"
-                name = f"{layers} engine step B={slots} k={k}"
-                rows.append({"id": name, "implementation": mode, "us": round(us, 1)} | facts())
-        for key in ((slots, False), (slots, True)):
-            del made[key]  # their caches
-    if arguments.results:
-        save(rows, arguments.results)
+        print(f"B={slots}: of {len(asked)} answers agree: {said}", flush=True)
     return int(wrong > 0)
 
 

@@ -26,6 +26,7 @@ GROUPS = {
     "Attention and indexer": ("sparse attention ", "indexer ", "top-k "),
     "One layer": ("layer ",),
     "Whole model": ("flash ", "pro "),
+    "Meshes": ("mesh ",),
     "Start": ("start ",),
 }
 

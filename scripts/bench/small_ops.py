@@ -26,6 +26,7 @@ import jax.numpy as jnp
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from floors import bytes_per_s
 from harness import facts, median_us, save
 
 from dsv4_jax.config import FLASH, PRO
@@ -35,7 +36,6 @@ from pallas_kernels.routing import route_by_id, route_by_score
 from pallas_kernels.swiglu import swiglu, swiglu_quant
 
 MODELS = {"flash": FLASH, "pro": PRO}
-COPY_BYTES_PER_S = 4.3e12  # what a plain copy reaches on an H200
 COLD_BYTES = 134e6  # of inputs between two uses of one: twice the L2 cache
 MOST_INPUTS = 16
 PROGRAM_US = 8000  # about how long one program is to run
@@ -162,7 +162,7 @@ class Case:
         ):  # which reads of table and logits what its tokens and experts ask for
             _, ids, table = self.shapes
             read = size_bytes(ids) + 2 * 4 * self.tokens * table.shape[1]
-        return (read + size_bytes(self.expected)) / COPY_BYTES_PER_S * 1e6
+        return (read + size_bytes(self.expected)) / bytes_per_s() * 1e6
 
 
 def program(run: Callable[..., Any]) -> Any:

@@ -31,6 +31,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 
 from expert_cases import relative_error
+from floors import bytes_per_s
 from harness import Repeated, facts, save, timed
 from profile_kernels import kernel_times, print_kernel_times
 
@@ -43,7 +44,6 @@ WINDOW, CHOSEN, CHANNELS = 128, 512, 512
 KEYS = WINDOW + CHOSEN
 SCALE = CHANNELS**-0.5
 ENTRIES = 4096  # of a prompt: those of 16k tokens
-COPY_BYTES_PER_S = 4.3e12  # what a plain copy reaches on an H200
 BF16_FLOP_PER_S = 8.04e14
 # Of keys between two uses of one, for the L2 cache holds 60 MB; what the most requests leave, others read.
 COLD_BYTES, MOST_SETS = 100e6, 12
@@ -107,7 +107,7 @@ class Case:
         bytes_ = ROW_BYTES[self.form] * named + 4 * self.queries * (self.heads * CHANNELS + KEYS)
         present = self.queries * KEYS if self.kind != "start" else int(_present(self.tokens).sum())
         flop = 4 * self.heads * present * CHANNELS
-        return max(bytes_ / COPY_BYTES_PER_S, flop / BF16_FLOP_PER_S) * 1e6
+        return max(bytes_ / bytes_per_s(), flop / BF16_FLOP_PER_S) * 1e6
 
     @functools.cached_property
     def sets(self) -> int:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +12,13 @@ import pytest
 from dsv4_jax import engine as engine_module
 from dsv4_jax.checkpoint.load import LoadedModel, load
 from dsv4_jax.compiles import count_compiles
-from dsv4_jax.engine import Engine
+from dsv4_jax.engine import PIECES, PIECES_ON_GPU, Engine
 from dsv4_jax.errors import MemoryPlanError, RequestError
 from dsv4_jax.llm import LLM
 from dsv4_jax.numerics import PLAIN
 from dsv4_jax.sampling import SamplingParams
 from dsv4_jax.sharding import make_mesh
+from pallas_kernels.target import Target
 
 SLOTS, MAX_LEN = 4, 320
 
@@ -263,6 +265,18 @@ def test_a_mesh_serves_as_one_device_does_without_a_compile(tiny_fp4, shallow):
     expected = [alone.add(*each) for each in requests]
     wanted = answers(alone)
     assert [found[number][0] for number in numbers] == [wanted[number][0] for number in expected]
+
+
+def test_a_gpu_reads_long_prompts_in_long_pieces_unless_their_beginnings_are_kept(tiny_fp4, monkeypatch):
+    monkeypatch.setattr(engine_module, "current_target", lambda: Target("cuda", "sm_90"))
+    sizes: dict[str, Any] = {"numerics": PLAIN, "slots": 1, "max_len": 64}
+
+    def pieces(**more) -> tuple[int, ...]:
+        return Engine(tiny_fp4.loaded, **sizes, **more)._pieces
+
+    assert pieces() == PIECES_ON_GPU
+    assert pieces(prefix_bytes=2**27) == PIECES
+    assert pieces(pieces=(16,)) == (16,)
 
 
 def test_drafts_need_the_head(tiny_fp4):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv4_jax import decode
+from dsv4_jax import decode, slots
 from dsv4_jax import engine as engine_module
 from dsv4_jax.cache import make_cache
 from dsv4_jax.checkpoint.load import LoadedModel
@@ -100,10 +100,10 @@ def test_a_full_batch_a_kept_beginning_and_drafts_change_no_bit(start, alone, mo
         drafts = jnp.where(jnp.arange(k) < ((seed + count) % (k + 1))[:, None], right, wrong)
         return drafts, jnp.zeros((*drafts.shape, vocab)), sequences.caches.head
 
-    programs = engine_module._begin, engine_module._steps
+    programs = slots.begin, slots.take_steps
     monkeypatch.setattr(decode, "_draft", draft)
     drafting = start(3, prefix_bytes=2**26)
-    before = engine_module._read_prompt._cache_size()
+    before = slots.read_piece._cache_size()
 
     try:
         for backwards in (1, -1):  # the second time they are in other slots, and their beginnings are there
@@ -115,7 +115,7 @@ def test_a_full_batch_a_kept_beginning_and_drafts_change_no_bit(start, alone, mo
             program.clear_cache()  # they were traced with the drafts from above
 
     assert drafting.prefix_hits >= 4
-    assert engine_module._read_prompt._cache_size() == before  # the very same program has read
+    assert slots.read_piece._cache_size() == before  # the very same program has read
 
 
 def test_a_score_is_what_generation_reported_also_with_drafts(loaded, alone):
