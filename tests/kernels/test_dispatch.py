@@ -274,7 +274,7 @@ def test_a_model_runs_under_its_own_choice_and_leaves_none_behind(tiny_fp4, monk
         seen.append(dispatch._chosen.value)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(engine, "_read_prompt", read)
+    monkeypatch.setattr(engine, "read_piece", read)
     with pytest.raises(KeyboardInterrupt):
         LLM(tiny_fp4.loaded, implementation="reference").generate([[1, 2]])
 
