@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,6 +19,7 @@ from dsv4_jax.chat.made_up import write_tokenizer
 from dsv4_jax.checkpoint.load import LoadedModel, load
 from dsv4_jax.checkpoint.synthetic import write_checkpoint
 from dsv4_jax.config import TINY, Config
+from pallas_kernels import QuantArray, dequantize
 
 TESTS = Path(__file__).parent
 MOST_MAPS = 20_000  # of a process's memory, at the end of a file
@@ -150,13 +152,30 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def shallow() -> Callable[..., LoadedModel]:
+def as_numbers() -> Callable[[LoadedModel], LoadedModel]:
+    """Decodes all weights: bfloat16 holds them exactly, and programs without the decoding compile sooner."""
+
+    def decoded(leaf: Any) -> Any:
+        return dequantize(leaf, leaf.exact_dtype) if isinstance(leaf, QuantArray) else leaf
+
+    def of(loaded: LoadedModel) -> LoadedModel:
+        params, mtp_params = jax.tree.map(
+            decoded, (loaded.params, loaded.mtp_params), is_leaf=lambda leaf: isinstance(leaf, QuantArray)
+        )
+        return dataclasses.replace(loaded, params=params, mtp_params=mtp_params)
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def shallow(as_numbers: Callable[[LoadedModel], LoadedModel]) -> Callable[..., LoadedModel]:
     """Cuts tiny-fp4 to its first layers, which compile sooner; three hold every module there is.
 
-    They are an SWA and a CSA layer routed by token id, and an HCA layer routed by score.
+    They are an SWA and a CSA layer routed by token id, and an HCA layer routed by score. Weights are decoded
+    unless `quantised`.
     """
 
-    def cut(loaded: LoadedModel, count: int = 3) -> LoadedModel:
+    def cut(loaded: LoadedModel, count: int = 3, quantised: bool = False) -> LoadedModel:
         config = dataclasses.replace(
             loaded.config,
             num_hidden_layers=count,
@@ -164,7 +183,8 @@ def shallow() -> Callable[..., LoadedModel]:
             compress_ratios=(*loaded.config.main_ratios[:count], 0),
         )
         layers = {layer: loaded.params["layers"][layer] for layer in range(count)}
-        return dataclasses.replace(loaded, config=config, params=loaded.params | {"layers": layers})
+        few = dataclasses.replace(loaded, config=config, params=loaded.params | {"layers": layers})
+        return few if quantised else as_numbers(few)
 
     return cut
 

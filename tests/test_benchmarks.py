@@ -198,6 +198,7 @@ def run_tiny(decode, tmp_path, *options: str) -> dict[str, dict]:
     return {row["id"]: row for row in json.loads(results.read_text())}
 
 
+@pytest.mark.slow
 def test_a_step_with_drafts_is_measured_layer_by_layer(decode, tmp_path, capsys):
     cases = ["--cases", "decode B=3 ctx=40 k=1", "decode B=3 ctx=1M"]
 
