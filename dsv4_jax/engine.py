@@ -19,7 +19,9 @@ import collections
 import dataclasses
 import functools
 import itertools
+import os
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from numbers import Integral
 from pathlib import Path
@@ -270,6 +272,9 @@ class Engine:
         """
         if self.busy:
             raise RequestError("warm_up needs an engine without requests")
+        if not self.model.mesh:  # there XLA chooses how what a program leaves behind is laid out
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                list(pool.map(self._compile, self.programs()))
         # On a mesh a program may be compiled once more for what another one has left behind.
         for _ in range(MOST_WARM_UPS):
             with count_compiles() as compiles:
@@ -277,7 +282,39 @@ class Engine:
             if not compiles.count:
                 break
 
+    def programs(self) -> list[tuple[Any, tuple[Any, ...]]]:
+        """The programs that serving needs, each with arguments like those that it will get; on one device.
+
+        Trifles that change a row are not among them.
+        """
+        static, params, sequences = self._static, self._params, self._sequences
+        caches, slot = sequences.caches, np.int32(0)
+
+        def left(shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=self._last.sharding)
+
+        found = []
+        for piece in self._pieces:
+            if piece < self.max_len or piece == self._pieces[0]:
+                ids, numbers = np.zeros((1, piece), np.int32), np.zeros(3, np.int32)
+                streams = left(jax.ShapeDtypeStruct((1, piece, *self._last.shape[1:]), self._last.dtype))
+                behind = caches.head, self._last
+                found.append((read_piece, (*static, params[0], caches.main, ids, numbers)))
+                found.append((follow, (*static, params, behind, streams, ids, numbers)))
+        ends = *static, params[0], self._last, slot
+        found.append((read_out_slot, ends))
+        last = jax.tree.map(left, jax.eval_shape(functools.partial(read_out_slot, *static), *ends[2:]))
+        what, place = (params, self._requests, sequences), np.zeros(2, np.int32)
+        found.append((begin, (*static, self.draft_tokens, *what, last, self._free[0], place)))
+        found.append((take_steps, (*static, self.invariant, *what, self._free, np.int32(1))))
+        return found
+
     # --- inside
+
+    def _compile(self, program: tuple[Any, tuple[Any, ...]]) -> None:
+        function, arguments = program
+        with self._context():
+            function.lower(*arguments).compile()
 
     def _try_everything(self) -> None:
         greedy = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
