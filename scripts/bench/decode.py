@@ -12,13 +12,17 @@ token.
 Drafts: a step of k drafts reads 1 + k tokens a sequence and drafts k again. Made-up drafts never stand, which
 costs the same; a row gives the tokens per second if none stands and if all do.
 
+Modes: "default"; "invariant" takes steps as engines of that name do; "concurrent" lets kernels of a CUDA
+graph that do not need each other run side by side, and must give the bits of "default".
+
 A case that does not fit is named and left out. Everything is compiled before anything is timed. On one H200:
 
   python scripts/bench/decode.py --results scripts/bench/results/h200.json
   python scripts/bench/decode.py --cases "decode B="{1,8,32,128}" ctx=4k"
   python scripts/bench/decode.py --cases "decode B="{1,8}" ctx=32k k="{1,2,3} --profile
   python scripts/bench/decode.py --cases "decode B="{1,128}" ctx=1M" --layers-of-each 1
-  python scripts/bench/decode.py --cases "decode B="{1,8,32,128}" ctx=4k" --layers-of-each 2 --invariant
+  python scripts/bench/decode.py --cases "decode B="{1,8,32,128}" ctx=4k" --modes default invariant
+  python scripts/bench/decode.py --cases "decode B="{1,32}" ctx=32k" --modes default concurrent
   python scripts/bench/decode.py --cases "prefill 4k" --piece 4096
   python scripts/bench/decode.py --model pro --layers-of-each 3 --cases "decode B=1 ctx=32k"
 
@@ -27,6 +31,7 @@ Without a GPU `--model tiny --cases "decode B=2 ctx=64 k=1"` tries it out.
 
 import argparse
 import dataclasses
+import itertools
 import os
 import re
 import sys
@@ -60,6 +65,8 @@ from dsv4_jax.sampling import SamplingArrays, SamplingParams
 from pallas_kernels.dispatch import choose
 
 FEW = 2  # layers of each kind of the smaller model
+MODES = ("default", "invariant", "concurrent")
+CONCURRENT = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
 CASES = ("decode B=1 ctx=32k", "decode B=32 ctx=32k", "decode B=128 ctx=32k", "prefill 4k")
 STAGGER = 128  # sequences stand at so many different positions, so that not all complete an entry at once
 ROOM = 128  # tokens of the caches beyond the context: more than one program generates
@@ -163,7 +170,7 @@ def few_layers(whole: Config, of_each: int) -> Config:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """A case of a model.
+    """A case of a model, in a mode.
 
     Attributes:
       params: what the program takes.
@@ -175,6 +182,7 @@ class Work:
     """
 
     case: Case
+    mode: str
     config: Config
     params: Any
     advance: Callable[[Any, State], tuple[Any, State]]
@@ -185,21 +193,22 @@ class Work:
 
     @property
     def name(self) -> str:
-        return f"{self.config.num_hidden_layers} layers {self.case.of_model}"
+        mode = "" if self.mode == "default" else f", {self.mode}"
+        return f"{self.config.num_hidden_layers} layers {self.case.of_model}{mode}"
 
 
-def works(model: Model, case: Case, piece: int, count: int, *, invariant: bool = False) -> list[Work]:
-    """The model, `invariant` or not, and the smaller one if it is one; decoding, `count` steps at once."""
+def works(model: Model, case: Case, piece: int, count: int, mode: str = "default") -> list[Work]:
+    """The model, and the smaller one if it is one; decoding, `count` steps at once."""
     models = [model]
     if model.config.num_hidden_layers > few_layers(model.whole, FEW).num_hidden_layers:
         models.append(model.smaller())
     if case.mode == "decode":
-        return [_decode_steps(each, case, count, invariant) for each in models]
-    return [_prefill(each, case, piece) for each in models]
+        return [_decode_steps(each, case, mode, count) for each in models]
+    return [_prefill(each, case, mode, piece) for each in models]
 
 
-def _decode_steps(model: Model, case: Case, count: int, invariant: bool) -> Work:
-    config, drafts = model.config, case.drafts
+def _decode_steps(model: Model, case: Case, mode: str, count: int) -> Work:
+    config, drafts, invariant = model.config, case.drafts, mode == "invariant"
 
     def advance(params: Any, state: State) -> tuple[Any, State]:
         main, mtp = params
@@ -234,10 +243,10 @@ def _decode_steps(model: Model, case: Case, count: int, invariant: bool) -> Work
         return {"requests": Requests(greedy, *endless), "sequences": sequences} | told
 
     mtp_params = model.mtp_params if drafts else None
-    return Work(case, config, (model.params, mtp_params), advance, state, steps=count)
+    return Work(case, mode, config, (model.params, mtp_params), advance, state, steps=count)
 
 
-def _prefill(model: Model, case: Case, piece: int) -> Work:
+def _prefill(model: Model, case: Case, mode: str, piece: int) -> Work:
     config, calls = model.config, -(-case.context // piece)
 
     def advance(params: Any, state: State) -> tuple[Any, State]:
@@ -258,7 +267,7 @@ def _prefill(model: Model, case: Case, piece: int) -> Work:
             "caches": _made_up_caches(lambda: make_cache(config, OFFICIAL, batch=1, max_len=case.context)),
         }
 
-    return Work(case, config, model.params, advance, state, calls, finish=finish)
+    return Work(case, mode, config, model.params, advance, state, calls, finish=finish)
 
 
 def _tokens(config: Config, *shape: int) -> jax.Array:
@@ -312,12 +321,12 @@ class Prepared:
 
 def prepare(work: Work, implementation: str | None) -> Prepared:
     begin = time.perf_counter()
+    options = LOOPS_IN_GRAPHS | (CONCURRENT if work.mode == "concurrent" else {})
     with choose(implementation):  # of this thread
         shapes = jax.eval_shape(work.state)
-        result = jax.eval_shape(work.advance, work.params, shapes)[0]
-        lowered = jax.jit(work.advance, donate_argnums=1, compiler_options=LOOPS_IN_GRAPHS).lower(
-            work.params, shapes
-        )
+        program = jax.jit(work.advance, donate_argnums=1, compiler_options=options)
+        lowered = program.lower(work.params, shapes)
+        result = lowered.out_info[0]
         traced = time.perf_counter()
         advance = lowered.compile()
         compiled = time.perf_counter()
@@ -355,8 +364,8 @@ class Runner:
         return result if self.prepared.finish is None else self.prepared.finish(self.work.params, result)
 
 
-def measure(work: Work, prepared: Prepared, profile: bool) -> dict[str, float]:
-    """Microseconds of a step, or of a prefill, and where they go.
+def measure(work: Work, prepared: Prepared, profile: bool) -> tuple[dict[str, float], Any]:
+    """Microseconds of a step, or of a prefill, and where they go; and what the first run gives.
 
     `us` is of runs that are started without waiting; `us_host` is how long starting them takes, within `us`;
     `us_kernels` adds up what kernels take by themselves, and there are `launches` of them. The first run, in
@@ -386,13 +395,14 @@ def measure(work: Work, prepared: Prepared, profile: bool) -> dict[str, float]:
     kernels = kernel_times(lambda: [run() for _ in range(traced)], traced)
     if profile:
         print_kernel_times(work.name, kernels, most=30)
-    return {
+    found = {
         "us": us,
         "us_kernels": sum(us for _, us in kernels.values()),
         "us_host": us_host,
         "launches": sum(count for count, _ in kernels.values()),
         "first_run_s": first,
     }
+    return found, jax.device_get(result)
 
 
 # --- rows
@@ -461,9 +471,13 @@ Jobs = list[tuple[Work, Future[Prepared | None]]]
 
 
 def measure_case(
-    model: Model, case: Case, jobs: Jobs, budget: Budget, profile: bool
+    model: Model, case: Case, jobs: Jobs, budget: Budget, profile: bool, first: dict[Any, Any]
 ) -> tuple[list[dict[str, Any]], int]:
-    """The rows of a case whose programs these are, and how many of them failed."""
+    """The rows of a case in one mode, whose programs these are, and how many of them failed.
+
+    Args:
+      first: what programs of the default mode gave; filled here.
+    """
     rows, wrong = [], 0
     for work, future in jobs:
         try:
@@ -473,7 +487,10 @@ def measure_case(
                 continue
             if not budget.fits(work, state_bytes(work) + prepared.temp_bytes):
                 continue
-            found = measure(work, prepared, profile)
+            found, result = measure(work, prepared, profile)
+            expected = first.setdefault((case, work.config), result)
+            if work.mode == "concurrent" and not np.array_equal(result, expected):
+                raise ArithmeticError("the bits are not those of the first mode")
         except Exception as error:  # one program's failure leaves the others their turn
             wrong += 1
             print(f"{work.name}: {type(error).__name__} {str(error)[:300]}", flush=True)
@@ -492,6 +509,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     begun = time.perf_counter()
     cases = list(dict.fromkeys(options.cases))
+    turns = list(itertools.product(cases, options.modes))
     model = Model.made_up(options.model, options.layers_of_each, mtp=any(case.drafts for case in cases))
     weights = size_bytes(jax.block_until_ready((model.params, model.mtp_params)))
     limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", float("inf"))
@@ -503,23 +521,23 @@ def main(arguments: list[str] | None = None) -> int:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = [
             (work, pool.submit(budget.prepare, work, options.implementation))
-            for case in cases
+            for case, mode in turns
             for work in works(
                 model,
                 case,
                 min(options.piece, case.context),
                 options.steps_at_once,
-                invariant=options.invariant,
+                mode,
             )
             if budget.fits(work, planned_bytes(work))
         ]
     print(f"# compiled; {budget.passed:.0f} s", flush=True)
 
-    mode = "invariant" if options.invariant else options.implementation or "default"
-    here, wrong = facts() | {"implementation": mode}, 0
-    for case in cases:
-        of_case = [job for job in jobs if job[0].case == case]
-        rows, failed = measure_case(model, case, of_case, budget, options.profile)
+    here, first, wrong = facts(), {}, 0
+    for case, mode in turns:
+        here["implementation"] = options.implementation or "default" if mode == "default" else mode
+        of_case = [job for job in jobs if (job[0].case, job[0].mode) == (case, mode)]
+        rows, failed = measure_case(model, case, of_case, budget, options.profile, first)
         wrong += failed
         prefill = case.mode == "prefill"
         more = {"piece": min(options.piece, case.context)} if prefill else {"steps": options.steps_at_once}
@@ -535,17 +553,15 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", choices=list(PRESETS), default="flash")
-    parser.add_argument(
-        "--layers-of-each", type=int, default=4, help="as many of a kind as there are, at most"
-    )
+    parser.add_argument("--layers-of-each", type=int, default=4, help="as many as there are, at most")
     parser.add_argument("--cases", type=Case.parse, nargs="+", default=[Case.parse(each) for each in CASES])
     parser.add_argument(
         "--piece", type=int, default=PIECES_ON_GPU[-1], help="tokens of a prompt that are read at once"
     )
     parser.add_argument("--steps-at-once", type=int, default=STEPS_ON_GPU, help="decode steps of one program")
-    parser.add_argument("--invariant", action="store_true", help="whole decode steps as with `invariant`")
+    parser.add_argument("--modes", choices=MODES, nargs="+", default=MODES[:1], help="see above")
     parser.add_argument("--implementation", help="as the command line's option; by default the fastest")
-    parser.add_argument("--seconds", type=float, default=85, help="begin no new case after so long")
+    parser.add_argument("--seconds", type=float, default=300, help="begin no new case after so long")
     parser.add_argument(
         "--memory-gb", type=float, default=float("inf"), help="plan with no more than so much"
     )
