@@ -1,7 +1,7 @@
 """The one door to Triton: a `@triton.jit` kernel as a JAX operation, on CUDA and ROCm, or compiled offline.
 
-A launch is a JAX primitive of our own, so it can be traced anywhere, without a GPU. Where there is one, or one is
-assumed, Triton begins to compile it at once, on another thread. What becomes of it is decided when it is lowered:
+A launch is a JAX primitive of our own, so it can be traced anywhere, without a GPU. For one that is there, or
+assumed, Triton begins to compile it at once, on another thread. What becomes of it is decided in lowering:
 
 - engine "ffi" (default): jaxlib's call of a Triton kernel, in the form that can enter a CUDA graph; 1.1 us.
 - engine "xla": XLA's own Triton call, which takes the kernel's TTIR. 0.7 us, but it parses the dialect of a

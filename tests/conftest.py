@@ -22,9 +22,9 @@ from dsv4_jax.config import TINY, Config
 TESTS = Path(__file__).parent
 MOST_MAPS = 20_000  # of a process's memory, at the end of a file
 
-# Eight fake devices make meshes. Tests run tiny programs once, so compiling them well costs more than it saves;
-# slow ones run them often. Nor does it pay on a GPU to try out which way to multiply is fastest. What the
-# user's own XLA_FLAGS say goes first.
+# Eight fake devices make meshes. Tests run tiny programs once, so compiling them well costs more than it
+# saves, but slow ones run them often. On a GPU it does not pay either to try out which way to multiply is
+# fastest. What the user's own XLA_FLAGS say goes first.
 _CPU_FLAGS = ("--xla_force_host_platform_device_count=8",)
 _QUICK_FLAGS = ("--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true")
 _GPU_FLAGS = ("--xla_gpu_autotune_level=0",)
