@@ -28,7 +28,7 @@ def compiled(function: Any, static: tuple[Any, ...], arguments: tuple[Any, ...],
     left it. What is in that folder is run as it is: it must be one's own.
 
     Args:
-      arguments: arrays, or shapes that say where arrays will be; the first is an array.
+      arguments: arrays, or shapes with a sharding where arrays will be.
       choice: the implementation that was chosen, as part of the program's name.
     """
     cache = jax.config.jax_compilation_cache_dir
@@ -36,7 +36,7 @@ def compiled(function: Any, static: tuple[Any, ...], arguments: tuple[Any, ...],
         return function.lower(*static, *arguments).compile()
     file = Path(cache) / "programs" / _name(function, static, arguments, choice)
     try:
-        devices = [*jax.tree.leaves(arguments)[0].devices()]
+        devices = [*jax.tree.leaves(arguments)[0].sharding.device_set]
         return deserialize_and_load(*pickle.loads(file.read_bytes()), execution_devices=devices)
     except FileNotFoundError:
         pass
