@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jaxlib
+import jaxlib.version
 from jax.experimental.serialize_executable import deserialize_and_load, serialize
 
 from dsv4_jax.distributed import code_fingerprint
@@ -25,7 +25,7 @@ def compiled(function: Any, static: tuple[Any, ...], arguments: tuple[Any, ...],
     """`function(*static, ...)`, jitted with that many arguments static, compiled for `arguments`.
 
     With a folder of compiled programs (`jax_compilation_cache_dir`) it comes from there, if some process has
-    left it. A file of that folder is run as it is, so it is read only if it is this user's and nobody else can
+    left it. A file of that folder is run as it is, so it is read only if it is this user's and no other can
     write to it.
 
     Args:
@@ -63,7 +63,7 @@ def _name(function: Any, static: tuple[Any, ...], arguments: tuple[Any, ...], ch
     leaves, tree = jax.tree.flatten(arguments)
     device = jax.devices()[0]
     parts = [
-        *(code_fingerprint(), jaxlib.__version__, os.environ.get("XLA_FLAGS")),
+        *(code_fingerprint(), jaxlib.version.__version__, os.environ.get("XLA_FLAGS")),
         *(device.device_kind, device.client.platform_version, jax.device_count()),
         *(function.__name__, static, tree, choice, debug.checking()),
         *((leaf.shape, str(leaf.dtype), str(getattr(leaf, "sharding", None))) for leaf in leaves),

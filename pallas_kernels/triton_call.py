@@ -140,7 +140,7 @@ def _lower(vendor: str, ctx: Any, *args: Any, engine: Engine, **params: Any) -> 
 
 
 def _lower_by_jaxlib(vendor: str, launch: Launch, grid: Any, aliases: Any, ctx: Any, *args: Any) -> Any:
-    from jax._src.lib import gpu_triton  # whole on GPU hosts only
+    from jaxlib import gpu_triton  # whole on GPU hosts only
 
     arch = current_target().arch
     binary, capability = _compiling(launch, arch).result(), int(arch[3:]) if vendor == "cuda" else 0
