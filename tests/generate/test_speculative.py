@@ -190,10 +190,10 @@ def oracle(plain_tokens: jax.Array, shift: jax.Array):
     ],
 )
 def test_drafts_that_fall_leave_no_trace_wherever_they_stood(
-    load_golden, as_numbers, monkeypatch, name, first, k
+    load_golden, shallow, monkeypatch, name, first, k
 ):
     """Every offset within a window and an entry of either ratio, by every number of drafts that stand."""
-    new, loaded = 9, as_numbers(load_golden(name).loaded)
+    new, loaded = 9, shallow(load_golden(name).loaded)
     lengths = np.arange(first, first + 128, dtype=np.int32)
     requests, ids = asked(len(lengths), new), prompts(loaded.config.vocab_size, lengths)
     config, max_len = loaded.config, int(lengths.max()) + new
