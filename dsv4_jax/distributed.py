@@ -6,6 +6,7 @@ from arguments, from the environment, or from the cluster (SLURM, Open MPI, Kube
 
 import ctypes
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -279,11 +280,12 @@ def first_reads[T](read: Callable[[], T]) -> T:
     return told["value"]
 
 
+@functools.cache
 def code_fingerprint() -> str:
-    """Tells versions of this code and of JAX apart."""
+    """Tells versions of this code, of its tables and of JAX apart."""
     digest = hashlib.sha256(jax.__version__.encode())
     for file in (__file__, pallas_kernels.__file__):
         root = Path(str(file)).parent
-        for path in sorted(root.rglob("*.py")):
+        for path in sorted([*root.rglob("*.py"), *root.rglob("*.json")]):
             digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()

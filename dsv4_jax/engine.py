@@ -19,7 +19,9 @@ import collections
 import dataclasses
 import functools
 import itertools
+import os
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from numbers import Integral
 from pathlib import Path
@@ -50,6 +52,7 @@ from dsv4_jax.numerics import Numerics
 from dsv4_jax.parallel import on_all, settled
 from dsv4_jax.penalties import Penalties, Said
 from dsv4_jax.prefix import PrefixCache, PromptState, put_block, take_block
+from dsv4_jax.programs import compiled
 from dsv4_jax.sampling import SamplingParams
 from dsv4_jax.sharding import on_mesh
 from dsv4_jax.slots import begin, clear_row, follow, read_out_slot, read_piece, set_row, take_steps
@@ -88,6 +91,16 @@ class Event:
     finish_reason: FinishReason | None
     drafted: int = 0
     accepted: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A jitted function, with arguments like those that it will get; `size` tells its programs apart."""
+
+    function: Any
+    static: tuple[Any, ...]
+    arguments: tuple[Any, ...]
+    size: int = 0
 
 
 @dataclasses.dataclass
@@ -190,6 +203,7 @@ class Engine:
         self._penalised: tuple[Penalties, Said] | None = None
         self._late: list[Event] = []  # of requests that were cancelled
         self._flying: tuple[Added, dict[int, _Request]] | None = None
+        self._ready: dict[tuple[Any, int | None], Any] = {}  # compiled programs, by function and size
 
     @property
     def cache_bytes(self) -> int:
@@ -270,6 +284,9 @@ class Engine:
         """
         if self.busy:
             raise RequestError("warm_up needs an engine without requests")
+        if not self.model.mesh:  # there XLA chooses how what a program leaves behind is laid out
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                self._ready = dict(pool.map(self._compiled, self.programs()))
         # On a mesh a program may be compiled once more for what another one has left behind.
         for _ in range(MOST_WARM_UPS):
             with count_compiles() as compiles:
@@ -277,7 +294,44 @@ class Engine:
             if not compiles.count:
                 break
 
+    def programs(self) -> list[Program]:
+        """The programs that serving needs, each with arguments like those that it will get; on one device.
+
+        Those of penalties are not among them, nor trifles that change a row.
+        """
+        static, params, last = self._static, self._params, self._last
+        caches, slot, place = self._sequences.caches, np.int32(0), np.zeros(2, np.int32)
+        what = params, self._requests, self._sequences
+
+        def left(shape: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=last.sharding)
+
+        found = []
+        for piece in self._pieces:
+            if piece < self.max_len or piece == self._pieces[0]:
+                ids, numbers = np.zeros((1, piece), np.int32), np.zeros(3, np.int32)
+                streams = left(jax.ShapeDtypeStruct((1, piece, *last.shape[1:]), last.dtype))
+                behind = caches.head, last
+                found.append(Program(read_piece, static, (params[0], caches.main, ids, numbers), piece))
+                found.append(Program(follow, static, (params, behind, streams, ids, numbers), piece))
+        found.append(Program(read_out_slot, static, (params[0], last, slot)))
+        read = jax.eval_shape(functools.partial(read_out_slot, *static), params[0], last, slot)
+        read = jax.tree.map(left, read)
+        found.append(Program(begin, (*static, self.draft_tokens), (*what, read, self._free[0], place)))
+        found.append(Program(take_steps, (*static, self.invariant), (*what, self._free, np.int32(1))))
+        return found
+
     # --- inside
+
+    def _compiled(self, program: Program) -> tuple[Any, Any]:
+        with self._context():
+            made = compiled(program.function, program.static, program.arguments, self.implementation)
+        return (program.function, program.size), made
+
+    def _run(self, function: Any, static: tuple[Any, ...], *arguments: Any, size: int | None = 0) -> Any:
+        """Runs a program, as `warm_up` compiled it or through its jit, which `size` None always does."""
+        ready = self._ready.get((function, size))
+        return function(*static, *arguments) if ready is None else ready(*arguments)
 
     def _try_everything(self) -> None:
         greedy = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
@@ -433,19 +487,21 @@ class Engine:
         if request.reading:
             return []
         place = np.array([slot, len(request.ids)], np.int32)
-        last = read_out_slot(*self._static, self._params[0], self._last, np.int32(slot))
+        last = self._run(read_out_slot, self._static, self._params[0], self._last, np.int32(slot))
         told = self._told([request], 1)[0]
         with self._asked([request]) as asked:
             what = self._params, asked, self._sequences, last, told, place
-            added, self._sequences = begin(*self._static, self.draft_tokens, *what)
+            size, static = _size_of(asked), (*self._static, self.draft_tokens)
+            added, self._sequences = self._run(begin, static, *what, size=size)
         return self._events(added, {slot: request}, drafted=0)
 
     def _read_ids(self, ids: Int32[np.ndarray, "1 T"], numbers: Int32[np.ndarray, "3"]) -> None:
         """Runs a piece of a prompt through the model, then through the MTP head."""
         caches = self._sequences.caches
-        streams, main = read_piece(*self._static, self._params[0], caches.main, ids, numbers)
+        what, static, size = (ids, numbers), self._static, ids.shape[1]
+        streams, main = self._run(read_piece, static, self._params[0], caches.main, *what, size=size)
         behind = caches.head, self._last
-        head, last = follow(*self._static, self._params, behind, streams, ids, numbers)
+        head, last = self._run(follow, static, self._params, behind, streams, *what, size=size)
         self._state = PromptState(Caches(main, head), last)
 
     def _decode(self, asked: Requests, requests: Iterable[_Request]) -> Added:
@@ -454,7 +510,8 @@ class Engine:
         if any(request.reading for request in self._running.values()):
             most = 1
         what = self._params, asked, self._sequences, self._told(requests, most), np.int32(most)
-        added, self._sequences = take_steps(*self._static, self.invariant, *what)
+        size, static = _size_of(asked), (*self._static, self.invariant)
+        added, self._sequences = self._run(take_steps, static, *what, size=size)
         return added
 
     def _told(
@@ -512,6 +569,11 @@ class Engine:
     def _clear(self, slot: int) -> None:
         """Empties the caches of a slot in which there are, or may be, numbers that are not finite."""
         self._state = clear_row(self._state, np.int32(slot))
+
+
+def _size_of(asked: Requests) -> int | None:
+    """Of the program that serves it; None: it has penalties, which are not compiled ahead."""
+    return 0 if asked.penalties is None else None
 
 
 def _idle(slots: int) -> Requests:

@@ -25,6 +25,11 @@ def checks(wanted: bool = True) -> AbstractContextManager[None]:
     return _checking(wanted)
 
 
+def checking() -> bool:
+    """Whether `checks` is on."""
+    return _checking.value
+
+
 def check(op: str, ok: Bool[Array, "..."], complaint: str, values: jax.Array) -> None:
     """Complains of `values` where they are not `ok`, naming `op`; does nothing outside of `checks`.
 

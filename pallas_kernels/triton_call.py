@@ -1,10 +1,9 @@
 """The one door to Triton: a `@triton.jit` kernel as a JAX operation, on CUDA and ROCm, or compiled offline.
 
-A launch is a JAX primitive of our own, so it can be traced anywhere, without a GPU and without jax-triton.
-What becomes of it is decided when it is lowered:
+A launch is a JAX primitive of our own, so it can be traced anywhere, without a GPU. For one that is there, or
+assumed, Triton begins to compile it at once, on another thread. What becomes of it is decided in lowering:
 
-- engine "ffi" (default): jax-triton, made to emit its capturable FFI call. jax-triton 0.3 still emits the
-  older call, which costs 3.6 us a launch and cannot enter a CUDA graph; the newer one costs 1.1 us.
+- engine "ffi" (default): jaxlib's call of a Triton kernel, in the form that can enter a CUDA graph; 1.1 us.
 - engine "xla": XLA's own Triton call, which takes the kernel's TTIR. 0.7 us, but it parses the dialect of a
   nearby Triton version only, and may go away.
 - `compile_offline`: Triton's own compilers for NVIDIA and AMD, for tests and inspection.
@@ -16,8 +15,11 @@ an output that lies where an input lies (`aliases`) is an argument too.
 
 import dataclasses
 import functools
-import types
+import os
+import threading
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal
 
 import jax
@@ -26,6 +28,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Primitive, jaxprs_in_params
 from jax.interpreters import mlir
+
+from pallas_kernels.target import current_target
 
 Engine = Literal["ffi", "xla"]
 
@@ -94,24 +98,24 @@ def triton_call(
     for array in (*inputs, *outs):
         if jnp.dtype(array.dtype).name not in _TYPES:
             raise TypeError(f"{kernel.__name__}: no Triton type for {array.dtype}, have {', '.join(_TYPES)}")
-    results = _launch.bind(
-        *inputs,
-        kernel=kernel,
-        out=outs,
-        grid=grid,
-        aliases=tuple((aliases or {}).items()),
-        num_warps=num_warps,
-        num_stages=num_stages,
-        engine=engine,
-        constants=tuple(sorted(constants.items())),
-    )
+    params = {
+        "kernel": kernel,
+        "num_warps": num_warps,
+        "num_stages": num_stages,
+        "constants": tuple(sorted(constants.items())),
+    }
+    if engine == "ffi" and (arch := current_target().arch):
+        _compiling(_launch_of(params, (*inputs, *outs)), arch)
+    replaced = tuple((aliases or {}).items())
+    results = _launch.bind(*inputs, out=outs, grid=grid, aliases=replaced, engine=engine, **params)
     return results[0] if one else tuple(results)
 
 
 def launches(function: Callable[..., Any], *arguments: Any, **keywords: Any) -> list[Launch]:
     """Every launch that `function` makes on arguments of these shapes, without running anything."""
     jaxpr = jax.make_jaxpr(functools.partial(function, **keywords))(*arguments)
-    return [_as_launch(eqn) for eqn in _equations(jaxpr.jaxpr) if eqn.primitive is _launch]
+    found = [eqn for eqn in _equations(jaxpr.jaxpr) if eqn.primitive is _launch]
+    return [_launch_of(eqn.params, [var.aval for var in (*eqn.invars, *eqn.outvars)]) for eqn in found]
 
 
 def _equations(jaxpr: Any) -> Iterator[Any]:
@@ -121,9 +125,8 @@ def _equations(jaxpr: Any) -> Iterator[Any]:
             yield from _equations(inner)
 
 
-def _as_launch(eqn: Any) -> Launch:
-    dtypes = tuple(jnp.dtype(var.aval.dtype).name for var in (*eqn.invars, *eqn.outvars))
-    params = eqn.params
+def _launch_of(params: Mapping[str, Any], arrays: Sequence[Any]) -> Launch:
+    dtypes = tuple(jnp.dtype(array.dtype).name for array in arrays)
     return Launch(params["kernel"], dtypes, params["constants"], params["num_warps"], params["num_stages"])
 
 
@@ -131,69 +134,34 @@ def _as_launch(eqn: Any) -> Launch:
 
 
 def _lower(vendor: str, ctx: Any, *args: Any, engine: Engine, **params: Any) -> Any:
-    kernel, constants = params["kernel"], dict(params["constants"])
-    if "VENDOR" in kernel.arg_names:
-        constants["VENDOR"] = vendor
-    lower = _lower_by_xla if engine == "xla" else _lower_by_jax_triton
-    return lower(vendor, ctx, *args, **params | {"constants": constants})
+    launch = _launch_of(params, (*ctx.avals_in, *ctx.avals_out))
+    lower = _lower_by_xla if engine == "xla" else _lower_by_jaxlib
+    return lower(vendor, launch, params["grid"], dict(params["aliases"]), ctx, *args)
 
 
-def _lower_by_jax_triton(vendor: str, ctx: Any, *args: Any, **params: Any) -> Any:
-    call = functools.partial(
-        _jax_triton().triton_call,
-        kernel=params["kernel"],
-        out_shape=params["out"],
-        grid=params["grid"],
-        input_output_aliases=dict(params["aliases"]),
-        num_warps=params["num_warps"],
-        num_stages=params["num_stages"],
-        **params["constants"],
+def _lower_by_jaxlib(vendor: str, launch: Launch, grid: Any, aliases: Any, ctx: Any, *args: Any) -> Any:
+    from jaxlib import gpu_triton  # whole on GPU hosts only
+
+    arch = current_target().arch
+    binary, capability = _compiling(launch, arch).result(), int(arch[3:]) if vendor == "cuda" else 0
+    code = binary.assembly if vendor == "cuda" else binary.path
+    no_ttir = ""  # would serve debugging alone
+    kernel = gpu_triton.TritonKernel(
+        binary.name, launch.num_warps, 1, binary.shared_bytes, code, no_ttir, capability
     )
-    return mlir.lower_fun(call, multiple_results=True)(ctx, *args)
+    aligned = [gpu_triton.create_array_parameter(0, 16) for _ in launch.dtypes]
+    call = gpu_triton.TritonKernelCall(kernel, *(*grid, 1, 1)[:3], aligned)
+    rule = jax.ffi.ffi_lowering("triton_kernel_call_ffi", api_version=4, operand_output_aliases=aliases)
+    return rule(ctx, *args, opaque=zlib.compress(call.to_proto(binary.name, b"")))
 
 
-@functools.cache
-def _jax_triton() -> Any:
-    """jax-triton, mended: 0.3 emits the capturable call, and ROCm gets the metadata Triton 3.7 asks for."""
-    import jax_triton  # pyright: ignore[reportMissingImports]  (an extra; it imports on GPU hosts only)
-    from jax_triton import triton_lib  # pyright: ignore[reportMissingImports]
-
-    if tuple(int(part) for part in jax_triton.__version__.split(".")[:2]) < (0, 4):
-        ffi = types.SimpleNamespace(ffi_lowering=_capturable_lowering)
-        triton_lib.jax = types.SimpleNamespace(**{**vars(jax), "ffi": ffi})
-    try:
-        from triton.backends.amd.compiler import HIPBackend
-    except ImportError:
-        return jax_triton
-    make_llir = HIPBackend.make_llir
-
-    def make_llir_with_metadata(src: Any, metadata: dict[str, Any], options: Any) -> Any:
-        metadata.setdefault("num_ctas", options.num_ctas)
-        return make_llir(src, metadata, options)
-
-    HIPBackend.make_llir = staticmethod(make_llir_with_metadata)
-    return jax_triton
-
-
-def _capturable_lowering(name: str, *, api_version: int, backend_config: Any, operand_output_aliases: Any):
-    """In place of `jax.ffi.ffi_lowering` as jax-triton 0.3 calls it: the FFI target of the same plugin."""
-    rule = jax.ffi.ffi_lowering(
-        "triton_kernel_call_ffi", api_version=4, operand_output_aliases=operand_output_aliases
-    )
-    return functools.partial(rule, opaque=backend_config)
-
-
-def _lower_by_xla(vendor: str, ctx: Any, *args: Any, **params: Any) -> Any:
-    dtypes = tuple(jnp.dtype(aval.dtype).name for aval in (*ctx.avals_in, *ctx.avals_out))
-    constants = tuple(params["constants"].items())
-    launch = Launch(params["kernel"], dtypes, constants, params["num_warps"], params["num_stages"])
+def _lower_by_xla(vendor: str, launch: Launch, grid: Any, aliases: Any, ctx: Any, *args: Any) -> Any:
     # TTIR says nothing of the chip: XLA compiles it for the one at hand.
     name, ttir = _ttir(launch, "sm_90" if vendor == "cuda" else "gfx942")
-    grid = dict(zip(("grid_x", "grid_y", "grid_z"), map(np.int32, (*params["grid"], 1, 1)), strict=False))
+    places = dict(zip(("grid_x", "grid_y", "grid_z"), map(np.int32, (*grid, 1, 1)), strict=False))
     warps, stages = np.int32(launch.num_warps), np.int32(launch.num_stages)
-    aliases = dict(params["aliases"])
     rule = jax.ffi.ffi_lowering("__gpu$xla.gpu.triton", api_version=4, operand_output_aliases=aliases)
-    return rule(ctx, *args, name=name, ir=ttir, num_warps=warps, num_stages=stages, debug=False, **grid)
+    return rule(ctx, *args, name=name, ir=ttir, num_warps=warps, num_stages=stages, debug=False, **places)
 
 
 mlir.register_lowering(_launch, functools.partial(_lower, "cuda"), platform="cuda")
@@ -205,15 +173,44 @@ mlir.register_lowering(_launch, functools.partial(_lower, "rocm"), platform="roc
 
 @dataclasses.dataclass(frozen=True)
 class Binary:
-    """Machine code of a kernel: `code` is an ELF file, `assembly` its PTX or AMD assembly as text."""
+    """A compiled kernel.
 
+    Attributes:
+      name: of its function.
+      code: an ELF file.
+      path: where that file is.
+      assembly: PTX or AMD assembly as text.
+      shared_bytes: of shared memory that a launch needs.
+    """
+
+    name: str
     code: bytes
+    path: str
     assembly: str
     shared_bytes: int
 
 
+_begun: dict[tuple[Launch, str], Future[Binary]] = {}
+_beginning = threading.Lock()
+_threads = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="triton")
+
+
+def _compiling(launch: Launch, arch: str) -> Future[Binary]:
+    """A kernel that is being compiled, or was: once in a process, from when it is first traced on.
+
+    Triton's compiler leaves Python to other threads for most of its time, so a program's kernels are compiled
+    side by side, and while the program is traced.
+    """
+    with _beginning:
+        if (launch, arch) not in _begun:
+            _begun[launch, arch] = _threads.submit(compile_offline, launch, arch)
+        return _begun[launch, arch]
+
+
 def compile_offline(launch: Launch, arch: str) -> Binary:
     """Compiles a launch for "sm_90", "gfx942" and the like; no GPU and no toolkit is needed.
+
+    Triton keeps what it has compiled in $TRITON_CACHE_DIR, and finds it there in the next process.
 
     Raises:
       Exception: whatever Triton's compiler raises where the kernel cannot be compiled for `arch`.
@@ -223,7 +220,9 @@ def compile_offline(launch: Launch, arch: str) -> Binary:
     source, target, options = _source(launch, arch)
     compiled = triton.compile(source, target=target, options=options.__dict__)
     code, assembly = ("cubin", "ptx") if target.backend == "cuda" else ("hsaco", "amdgcn")
-    return Binary(compiled.asm[code], compiled.asm[assembly], compiled.metadata.shared)
+    path = next(str(path) for name, path in compiled.metadata_group.items() if name.endswith(code))
+    asm, metadata = compiled.asm, compiled.metadata
+    return Binary(metadata.name, asm[code], path, asm[assembly], metadata.shared)
 
 
 def _source(launch: Launch, arch: str) -> tuple[Any, Any, Any]:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,32 +19,34 @@ from dsv4_jax.chat.made_up import write_tokenizer
 from dsv4_jax.checkpoint.load import LoadedModel, load
 from dsv4_jax.checkpoint.synthetic import write_checkpoint
 from dsv4_jax.config import TINY, Config
+from pallas_kernels import QuantArray, dequantize
 
 TESTS = Path(__file__).parent
 MOST_MAPS = 20_000  # of a process's memory, at the end of a file
 
-# The tests run tiny programs once, so compiling them well costs more than it saves; eight fake devices make
-# meshes. What the user's own XLA_FLAGS say goes first.
-_CPU_FLAGS = (
-    "--xla_force_host_platform_device_count=8",
-    "--xla_backend_optimization_level=0",
-    "--xla_llvm_disable_expensive_passes=true",
-)
+# Eight fake devices make meshes. Tests run tiny programs once, so compiling them well costs more than it
+# saves, but slow ones run them often. On a GPU it does not pay either to try out which way to multiply is
+# fastest. What the user's own XLA_FLAGS say goes first.
+_CPU_FLAGS = ("--xla_force_host_platform_device_count=8",)
+_QUICK_FLAGS = ("--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true")
+_GPU_FLAGS = ("--xla_gpu_autotune_level=0",)
 
 
-def _wants_gpu(config: pytest.Config) -> bool:
-    """Whether `-m gpu` was asked for."""
-    return re.search(r"(?<!not )\bgpu\b", config.getoption("markexpr")) is not None
+def _wants(config: pytest.Config, mark: str) -> bool:
+    """Whether `-m gpu`, or another mark, was asked for."""
+    return re.search(rf"(?<!not )\b{mark}\b", config.getoption("markexpr")) is not None
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Sets what JAX reads when a test first uses it; without `-m gpu` that is a CPU, on any machine."""
-    if _wants_gpu(config):
-        return
+    gpu = _wants(config, "gpu")
+    flags = _GPU_FLAGS if gpu else _CPU_FLAGS if _wants(config, "slow") else (*_CPU_FLAGS, *_QUICK_FLAGS)
     users = os.environ.get("XLA_FLAGS", "")
     named = {flag.partition("=")[0] for flag in users.split()}
-    added = [flag for flag in _CPU_FLAGS if flag.partition("=")[0] not in named]
+    added = [flag for flag in flags if flag.partition("=")[0] not in named]
     os.environ["XLA_FLAGS"] = " ".join([users, *added])
+    if gpu:
+        return
     # In the environment too, for the commands that tests start. What the user says goes first.
     jax.config.update("jax_platforms", os.environ.setdefault("JAX_PLATFORMS", "cpu"))
     # Barriers of Pallas' interpreter block threads of JAX's pool, one for each core: with few, all do.
@@ -53,7 +56,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """A GPU's test is skipped on a CPU, unless it was asked for: then it fails."""
     if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
-        refuse = pytest.fail if _wants_gpu(item.config) else pytest.skip
+        refuse = pytest.fail if _wants(item.config, "gpu") else pytest.skip
         refuse("needs a GPU, and JAX sees none")
 
 
@@ -150,13 +153,30 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def shallow() -> Callable[..., LoadedModel]:
+def as_numbers() -> Callable[[LoadedModel], LoadedModel]:
+    """Decodes all weights: bfloat16 holds them exactly, and programs without the decoding compile sooner."""
+
+    def decoded(leaf: Any) -> Any:
+        return dequantize(leaf, leaf.exact_dtype) if isinstance(leaf, QuantArray) else leaf
+
+    def of(loaded: LoadedModel) -> LoadedModel:
+        params, mtp_params = jax.tree.map(
+            decoded, (loaded.params, loaded.mtp_params), is_leaf=lambda leaf: isinstance(leaf, QuantArray)
+        )
+        return dataclasses.replace(loaded, params=params, mtp_params=mtp_params)
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def shallow(as_numbers: Callable[[LoadedModel], LoadedModel]) -> Callable[..., LoadedModel]:
     """Cuts tiny-fp4 to its first layers, which compile sooner; three hold every module there is.
 
-    They are an SWA and a CSA layer routed by token id, and an HCA layer routed by score.
+    They are an SWA and a CSA layer routed by token id, and an HCA layer routed by score. Weights are decoded
+    unless `quantised`.
     """
 
-    def cut(loaded: LoadedModel, count: int = 3) -> LoadedModel:
+    def cut(loaded: LoadedModel, count: int = 3, quantised: bool = False) -> LoadedModel:
         config = dataclasses.replace(
             loaded.config,
             num_hidden_layers=count,
@@ -164,7 +184,8 @@ def shallow() -> Callable[..., LoadedModel]:
             compress_ratios=(*loaded.config.main_ratios[:count], 0),
         )
         layers = {layer: loaded.params["layers"][layer] for layer in range(count)}
-        return dataclasses.replace(loaded, config=config, params=loaded.params | {"layers": layers})
+        few = dataclasses.replace(loaded, config=config, params=loaded.params | {"layers": layers})
+        return few if quantised else as_numbers(few)
 
     return cut
 

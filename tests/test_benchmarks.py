@@ -169,7 +169,7 @@ def test_a_case_that_is_none_is_refused(decode, text):
 
 @pytest.mark.parametrize("case", ["decode B=3 ctx=1k k=2", "prefill 4k", "decode B=1 ctx=100"])
 def test_a_case_is_named_as_it_is_asked_for(decode, case):
-    assert decode.Case.parse(case).of_layer == case
+    assert decode.Case.parse(case).of_model.replace(" step", "") == case
 
 
 def test_few_layers_of_a_model_are_its_first_of_each_kind(decode):
@@ -182,44 +182,47 @@ def test_few_layers_of_a_model_are_its_first_of_each_kind(decode):
 def test_a_whole_model_is_the_few_layers_measured_and_those_that_lack(decode):
     config = decode.PRESETS["flash"]
     model = decode.Model("flash", config, decode.few_layers(config, 4), None, None)
-    each = {"us_kernels": 1.0, "us_host": 2.0, "launches": 3.0}
-    layers = {"SWA": {"us": 7.0} | each, "CSA": {"us": 10.0} | each, "HCA": {"us": 20.0} | each}
+    found, fewer = ({"us": us, "us_kernels": us - 8, "launches": us / 5} for us in (1000.0, 600.0))
 
-    total, words = decode.scaled(model, {"us": 1000.0} | each, layers)
+    total, words = decode.scaled(model, found, fewer)
 
-    assert total == {"us": 1000 + 17 * 10 + 16 * 20, "us_kernels": 34, "us_host": 68, "launches": 102}
-    assert words == "10 layers took 1000 us; +0 SWA of 7.0, +17 CSA of 10.0, +16 HCA of 20.0"
+    assert total == {"us": 1000 + 33 * 100, "us_kernels": 992 + 33 * 100, "launches": 200 + 33 * 20}
+    assert words == "10 layers took 1000 us, 6 of them 600; +33 of 100.0"
 
 
-def run_tiny(decode, tmp_path, *options: str) -> dict[str, dict]:
+def run_tiny(decode, tmp_path, *options: str) -> list[dict]:
     results = tmp_path / "rows.json"
-    tiny = ["--model", "tiny", "--layers-of-each", "1", "--seconds", "1000", "--results", str(results)]
+    tiny = ["--model", "tiny", "--seconds", "1000", "--results", str(results)]
     assert decode.main([*tiny, *options]) == 0
-    return {row["id"]: row for row in json.loads(results.read_text())}
+    return json.loads(results.read_text())
 
 
-def test_a_step_with_drafts_is_measured_layer_by_layer(decode, tmp_path, capsys):
+@pytest.mark.slow
+def test_a_step_with_drafts_is_measured_with_more_and_fewer_layers(decode, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(decode, "FEW", 1)
     cases = ["--cases", "decode B=3 ctx=40 k=1", "decode B=3 ctx=1M"]
 
-    rows = run_tiny(decode, tmp_path, *cases, "--memory-gb", "0.4")
+    rows = run_tiny(decode, tmp_path, *cases, "--layers-of-each", "2", "--memory-gb", "0.4")
 
-    layers = [f"layer tiny {kind} decode B=3 ctx=40 k=1" for kind in decode.KINDS]
-    few, whole = (f"tiny {count} layers decode step B=3 ctx=40 k=1" for count in (3, 5))
-    fitting = [f"layer tiny {kind} decode B=3 ctx=1M" for kind in ("SWA", "HCA")]  # caches there is room for
-    assert list(rows) == [few, *layers, whole, *fitting]
-    assert rows[whole]["us"] == pytest.approx(sum(rows[each]["us"] for each in (few, *layers[1:])), abs=0.1)
-    assert rows[whole]["tokens_per_second_if_all_stand"] == pytest.approx(
-        2 * rows[whole]["tokens_per_second"], rel=1e-3
-    )
-    assert all(row["us"] > row["us_host"] > 0 < row["floor_us"] for row in rows.values())
-    assert "CSA decode B=3 ctx=1M: left out, takes" in capsys.readouterr().out
+    assert [row["id"] for row in rows] == [
+        f"tiny {count} layers decode step B=3 ctx=40 k=1" for count in (5, 3, 5)
+    ]
+    found, fewer, whole = rows  # the five are all there are
+    assert found["us"] == whole["us"]
+    assert fewer["us"] > 0
+    assert whole["tokens_per_second_if_all_stand"] == pytest.approx(2 * whole["tokens_per_second"], rel=1e-3)
+    assert all(row["us"] > row["us_host"] > 0 < row["floor_us"] for row in (found, fewer))
+    assert "5 layers decode step B=3 ctx=1M: left out, takes" in capsys.readouterr().out
 
 
-def test_a_prefill_is_read_in_pieces(decode, tmp_path):
-    rows = run_tiny(decode, tmp_path, "--cases", "prefill 40", "--piece", "16", "--kinds", "model", "HCA")
+def test_a_prefill_is_read_in_pieces_in_each_mode(decode, tmp_path):
+    piece, modes = ["--piece", "16"], ["--modes", "default", "concurrent"]
 
-    assert list(rows) == ["tiny 3 layers prefill 40", "layer tiny HCA prefill 40"]
-    assert {row["piece"] for row in rows.values()} == {16}
+    rows = run_tiny(decode, tmp_path, "--cases", "prefill 40", "--layers-of-each", "1", *piece, *modes)
+
+    assert [(row["id"], row["implementation"], row["piece"]) for row in rows] == [
+        ("tiny 3 layers prefill 40", mode, 16) for mode in modes[1:]
+    ]
 
 
 def test_no_time_is_no_row(decode, tmp_path, capsys):
@@ -228,7 +231,7 @@ def test_no_time_is_no_row(decode, tmp_path, capsys):
     decode.main(["--model", "tiny", "--layers-of-each", "1", "--seconds", "0", "--results", str(results)])
 
     assert json.loads(results.read_text()) == []
-    assert "model decode B=1 ctx=32k: left out" in capsys.readouterr().out
+    assert "3 layers decode step B=1 ctx=32k: left out" in capsys.readouterr().out
 
 
 def test_caches_that_are_copied_are_counted(decode):

@@ -57,12 +57,12 @@ def test_generate_gives_the_tokens_of_the_official_implementation(capsys):
     assert "tok/s" in err
 
 
-def test_generate_compiles_nothing_that_warmup_has_compiled(tmp_path):
+def test_generate_compiles_nothing_that_warmup_has_compiled(tmp_path, text_checkpoint):
     programs = tmp_path / "programs"
     sizes = ["--max-len", "128", "--max-batch", "2", "--numerics", "plain", "--compile-cache", programs]
 
     def command(name: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-        line = [sys.executable, "-m", "dsv4_jax", name, GOLDEN, *arguments, *sizes]
+        line = [sys.executable, "-m", "dsv4_jax", name, text_checkpoint, *arguments, *sizes]
         return subprocess.run([str(part) for part in line], capture_output=True, text=True, check=True)
 
     def kept() -> list[str]:

@@ -16,7 +16,7 @@ PACKAGES = ["pallas_kernels", "dsv4_jax", "scripts"]  # from the bottom up
 LEVELS = [
     ["errors", "compiles"],
     ["weight_files", "distributed"],
-    ["config"],
+    ["config", "programs"],
     ["numerics", "sharding"],
     ["parallel"],
     ["cache", "vocabulary"],

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any, get_args
@@ -199,13 +200,14 @@ def _mesh(sizes: dict[str, int]) -> Mesh | None:
 
 
 def keep_programs(folder: Path | None) -> None:
-    """Lets JAX read compiled programs from this folder, and write them there."""
+    """Lets compiled programs and kernels be read from this folder, and written there."""
     if folder is None:
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"--compile-cache {folder}: {error.strerror}", hint="name a folder") from None
+    os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 

@@ -21,7 +21,6 @@ _PACKAGES = (
     "tokenizers",
     "deepseek-recipe",
     "triton",
-    "jax-triton",
 )
 
 

@@ -1,15 +1,19 @@
 #!/usr/bin/env python3
-"""Times whole decode steps and prefills at full width with made-up weights, and each kind of layer by itself.
+"""Times whole decode steps and prefills at full width with made-up weights.
 
 The released 43 or 61 layers do not fit one GPU, so a model of a few layers of each kind (SWA, CSA, HCA) is
-measured. The time of all is that of these few plus, for each layer that lacks, the time of one of its kind,
-from a program of nothing but such layers; the row says so. A step is the engine's: layers, head, the choice
-of the next token, drafts. As in the engine, a program takes several steps (`--steps-at-once`), and is started
-without waiting for the one before; what is told is the time of one step. Caches are donated. Prefills are
-read in pieces, as the engine reads them, and end with the logits of the last token.
+measured, and one of two of each. Each layer that lacks is taken to cost what their difference is in the mean:
+from two layers of each kind on, the released models are pairs of CSA and HCA. The row says so. A step is the
+engine's: layers, head, the choice of the next token, drafts. As in the engine, a program takes several steps
+(`--steps-at-once`), and is started without waiting for the one before; what is told is the time of one step.
+Caches are donated. Prefills are read in pieces, as the engine reads them, and end with the logits of the last
+token.
 
 Drafts: a step of k drafts reads 1 + k tokens a sequence and drafts k again. Made-up drafts never stand, which
 costs the same; a row gives the tokens per second if none stands and if all do.
+
+Modes: "default"; "invariant" takes steps as engines of that name do; "concurrent" lets kernels of a CUDA
+graph that do not need each other run side by side, and must give the bits of "default".
 
 A case that does not fit is named and left out. Everything is compiled before anything is timed. On one H200:
 
@@ -17,15 +21,17 @@ A case that does not fit is named and left out. Everything is compiled before an
   python scripts/bench/decode.py --cases "decode B="{1,8,32,128}" ctx=4k"
   python scripts/bench/decode.py --cases "decode B="{1,8}" ctx=32k k="{1,2,3} --profile
   python scripts/bench/decode.py --cases "decode B="{1,128}" ctx=1M" --layers-of-each 1
-  python scripts/bench/decode.py --cases "decode B="{1,8,32,128}" ctx=4k" --kinds model --invariant
+  python scripts/bench/decode.py --cases "decode B="{1,8,32,128}" ctx=4k" --modes default invariant
+  python scripts/bench/decode.py --cases "decode B="{1,32}" ctx=32k" --modes default concurrent
   python scripts/bench/decode.py --cases "prefill 4k" --piece 4096
-  python scripts/bench/decode.py --model pro --layers-of-each 2 --cases "decode B=1 ctx=32k"
+  python scripts/bench/decode.py --model pro --layers-of-each 3 --cases "decode B=1 ctx=32k"
 
 Without a GPU `--model tiny --cases "decode B=2 ctx=64 k=1"` tries it out.
 """
 
 import argparse
 import dataclasses
+import itertools
 import os
 import re
 import sys
@@ -40,26 +46,27 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.93")  # by default JA
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from floors import Reads, layer_us, step_us
+from floors import Reads, step_us
 from harness import facts, median_us, save
 from made_up import made_up_like, made_up_params
 from profile_kernels import kernel_times, print_kernel_times
 
-from dsv4_jax.cache import LayerCache, make_cache
+from dsv4_jax.cache import make_cache
 from dsv4_jax.config import PRESETS, Config
 from dsv4_jax.decode import LOOPS_IN_GRAPHS, MOST_DRAFTS, Caches, Models, Requests, Sequences, steps
 from dsv4_jax.engine import PIECES_ON_GPU, STEPS_ON_GPU
-from dsv4_jax.model import bind, declare, run_block
+from dsv4_jax.model import bind
 from dsv4_jax.mtp import bind_mtp, make_mtp_cache
 from dsv4_jax.numerics import OFFICIAL
 from dsv4_jax.sampling import SamplingArrays, SamplingParams
 from pallas_kernels.dispatch import choose
 
-KINDS = {"SWA": 0, "CSA": 4, "HCA": 128}
+FEW = 2  # layers of each kind of the smaller model
+MODES = ("default", "invariant", "concurrent")
+CONCURRENT = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
 CASES = ("decode B=1 ctx=32k", "decode B=32 ctx=32k", "decode B=128 ctx=32k", "prefill 4k")
 STAGGER = 128  # sequences stand at so many different positions, so that not all complete an entry at once
 ROOM = 128  # tokens of the caches beyond the context: more than one program generates
@@ -106,10 +113,6 @@ class Case:
         return f"decode step {self._size}" if self.mode == "decode" else f"prefill {self._size}"
 
     @property
-    def of_layer(self) -> str:
-        return f"{self.mode} {self._size}"
-
-    @property
     def reads(self) -> Reads:
         if self.mode == "prefill":
             return Reads(1, self.context, 0)
@@ -144,13 +147,11 @@ class Model:
         config = few_layers(whole, layers_of_each)
         return cls(name, whole, config, *made_up_params(config, mtp=mtp))
 
-    @property
-    def kinds(self) -> list[str]:
-        return [kind for kind, ratio in KINDS.items() if ratio in self.config.main_ratios]
-
-    @property
-    def label(self) -> str:
-        return "" if self.name == "flash" else f"{self.name} "
+    def smaller(self) -> Self:
+        """Its first layers, two of each kind; the very same numbers."""
+        config = few_layers(self.whole, FEW)
+        layers = {place: self.params["layers"][place] for place in range(config.num_hidden_layers)}
+        return dataclasses.replace(self, config=config, params=self.params | {"layers": layers})
 
 
 def few_layers(whole: Config, of_each: int) -> Config:
@@ -169,10 +170,9 @@ def few_layers(whole: Config, of_each: int) -> Config:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """A case of a whole model, or of its layers of one kind.
+    """A case of a model, in a mode.
 
     Attributes:
-      kind: "SWA", "CSA", "HCA", or "model".
       params: what the program takes.
       advance: from these and a state, which it may reuse, a result and the next state.
       state: makes the first state; also traced, for its shapes.
@@ -182,7 +182,8 @@ class Work:
     """
 
     case: Case
-    kind: str
+    mode: str
+    config: Config
     params: Any
     advance: Callable[[Any, State], tuple[Any, State]]
     state: Callable[[], State]
@@ -192,21 +193,22 @@ class Work:
 
     @property
     def name(self) -> str:
-        return f"{self.kind} {self.case.of_layer}"
+        mode = "" if self.mode == "default" else f", {self.mode}"
+        return f"{self.config.num_hidden_layers} layers {self.case.of_model}{mode}"
 
 
-def works(model: Model, case: Case, piece: int, count: int, *, invariant: bool = False) -> list[Work]:
-    """The whole model, `invariant` or not, and its layers of each kind; `count` steps at once."""
+def works(model: Model, case: Case, piece: int, count: int, mode: str = "default") -> list[Work]:
+    """The model, and the smaller one if it is one; decoding, `count` steps at once."""
+    models = [model]
+    if model.config.num_hidden_layers > few_layers(model.whole, FEW).num_hidden_layers:
+        models.append(model.smaller())
     if case.mode == "decode":
-        return [
-            _decode_steps(model, case, count, invariant),
-            *(_layer_steps(model, case, kind, count) for kind in model.kinds),
-        ]
-    return [_prefill(model, case, piece), *(_layer_prefill(model, case, kind, piece) for kind in model.kinds)]
+        return [_decode_steps(each, case, mode, count) for each in models]
+    return [_prefill(each, case, mode, piece) for each in models]
 
 
-def _decode_steps(model: Model, case: Case, count: int, invariant: bool) -> Work:
-    config, drafts = model.config, case.drafts
+def _decode_steps(model: Model, case: Case, mode: str, count: int) -> Work:
+    config, drafts, invariant = model.config, case.drafts, mode == "invariant"
 
     def advance(params: Any, state: State) -> tuple[Any, State]:
         main, mtp = params
@@ -241,10 +243,10 @@ def _decode_steps(model: Model, case: Case, count: int, invariant: bool) -> Work
         return {"requests": Requests(greedy, *endless), "sequences": sequences} | told
 
     mtp_params = model.mtp_params if drafts else None
-    return Work(case, "model", (model.params, mtp_params), advance, state, steps=count)
+    return Work(case, mode, config, (model.params, mtp_params), advance, state, steps=count)
 
 
-def _prefill(model: Model, case: Case, piece: int) -> Work:
+def _prefill(model: Model, case: Case, mode: str, piece: int) -> Work:
     config, calls = model.config, -(-case.context // piece)
 
     def advance(params: Any, state: State) -> tuple[Any, State]:
@@ -265,76 +267,7 @@ def _prefill(model: Model, case: Case, piece: int) -> Work:
             "caches": _made_up_caches(lambda: make_cache(config, OFFICIAL, batch=1, max_len=case.context)),
         }
 
-    return Work(case, "model", model.params, advance, state, calls, finish=finish)
-
-
-def _layer_steps(model: Model, case: Case, kind: str, count: int) -> Work:
-    """Decode steps of the layers of one kind, each on what the one before left."""
-    places, tokens = _places(model, kind), 1 + case.drafts
-
-    def advance(params: Any, state: State) -> tuple[Any, State]:
-        def one(number, carry):
-            streams, caches = carry
-            position = _positions(case) + number
-            now = state | {"streams": streams, "caches": caches}
-            return _run_layers(model, places, params, now, position, jnp.full_like(position, tokens))
-
-        streams, caches = jax.lax.fori_loop(0, state["most"], one, (state["streams"], state["caches"]))
-        return streams, state | {"caches": caches}
-
-    def state() -> State:
-        sizes = {"batch": case.batch, "max_len": case.context + ROOM, "max_draft": case.drafts}
-        return _layer_state(model, places, case.batch, tokens, sizes) | {"most": jnp.int32(count)}
-
-    return Work(case, kind, [model.params["layers"][place] for place in places], advance, state, steps=count)
-
-
-def _layer_prefill(model: Model, case: Case, kind: str, piece: int) -> Work:
-    """All pieces of a prompt through the layers of one kind, each on the same streams."""
-    places, calls = _places(model, kind), -(-case.context // piece)
-
-    def advance(params: Any, state: State) -> tuple[Any, State]:
-        position = state["position"]
-        length = jnp.minimum(piece, case.context - position)
-        streams, caches = _run_layers(model, places, params, state, position, length)
-        return streams, state | {"position": (position + piece) % (calls * piece), "caches": caches}
-
-    def state() -> State:
-        made = _layer_state(model, places, 1, piece, {"batch": 1, "max_len": case.context})
-        return made | {"position": jnp.zeros(1, jnp.int32)}
-
-    return Work(case, kind, [model.params["layers"][place] for place in places], advance, state, calls)
-
-
-def _places(model: Model, kind: str) -> list[int]:
-    return [place for place, ratio in enumerate(model.config.main_ratios) if ratio == KINDS[kind]]
-
-
-def _run_layers(
-    model: Model, places: list[int], params: Any, state: State, position, length
-) -> tuple[Any, list]:
-    """The layers at these places, one after the other: streams and caches."""
-    streams, caches = state["streams"], []
-    for place, layer, cache in zip(places, params, state["caches"], strict=True):
-        block = nnx.merge(nnx.split(declare(model.config, OFFICIAL).layers[place])[0], layer)
-        streams, cache = run_block(block, streams, state["ids"], position, length, cache)
-        caches.append(cache)
-    return streams, caches
-
-
-def _layer_state(model: Model, places: list[int], batch: int, tokens: int, sizes: dict[str, int]) -> State:
-    config = model.config
-    shape = batch, tokens, config.hc_mult, config.hidden_size
-
-    def caches() -> list[LayerCache]:
-        every = make_cache(config, OFFICIAL, **sizes)
-        return [every[place] for place in places]
-
-    return {
-        "streams": made_up_like(jax.ShapeDtypeStruct(shape, jnp.dtype(OFFICIAL.dtype))),
-        "ids": _tokens(config, batch, tokens),
-        "caches": _made_up_caches(caches),
-    }
+    return Work(case, mode, config, model.params, advance, state, calls, finish=finish)
 
 
 def _tokens(config: Config, *shape: int) -> jax.Array:
@@ -388,12 +321,12 @@ class Prepared:
 
 def prepare(work: Work, implementation: str | None) -> Prepared:
     begin = time.perf_counter()
+    options = LOOPS_IN_GRAPHS | (CONCURRENT if work.mode == "concurrent" else {})
     with choose(implementation):  # of this thread
         shapes = jax.eval_shape(work.state)
-        result = jax.eval_shape(work.advance, work.params, shapes)[0]
-        lowered = jax.jit(work.advance, donate_argnums=1, compiler_options=LOOPS_IN_GRAPHS).lower(
-            work.params, shapes
-        )
+        program = jax.jit(work.advance, donate_argnums=1, compiler_options=options)
+        lowered = program.lower(work.params, shapes)
+        result = lowered.out_info[0]
         traced = time.perf_counter()
         advance = lowered.compile()
         compiled = time.perf_counter()
@@ -431,8 +364,8 @@ class Runner:
         return result if self.prepared.finish is None else self.prepared.finish(self.work.params, result)
 
 
-def measure(work: Work, prepared: Prepared, profile: bool) -> dict[str, float]:
-    """Microseconds of a step, or of a prefill, and where they go.
+def measure(work: Work, prepared: Prepared, profile: bool) -> tuple[dict[str, float], Any]:
+    """Microseconds of a step, or of a prefill, and where they go; and what the first run gives.
 
     `us` is of runs that are started without waiting; `us_host` is how long starting them takes, within `us`;
     `us_kernels` adds up what kernels take by themselves, and there are `launches` of them. The first run, in
@@ -462,24 +395,17 @@ def measure(work: Work, prepared: Prepared, profile: bool) -> dict[str, float]:
     kernels = kernel_times(lambda: [run() for _ in range(traced)], traced)
     if profile:
         print_kernel_times(work.name, kernels, most=30)
-    return {
+    found = {
         "us": us,
         "us_kernels": sum(us for _, us in kernels.values()),
         "us_host": us_host,
         "launches": sum(count for count, _ in kernels.values()),
         "first_run_s": first,
     }
+    return found, jax.device_get(result)
 
 
 # --- rows
-
-
-def layer_row(model: Model, case: Case, kind: str, found: dict[str, float]) -> dict[str, Any]:
-    """One layer: the mean of those measured."""
-    count = model.config.main_ratios.count(KINDS[kind])
-    row = {"id": f"layer {model.label}{kind} {case.of_layer}"}
-    row |= {name: found[name] / count for name in ("us", "us_kernels", "us_host", "launches")}
-    return row | {"floor_us": layer_us(model.config, KINDS[kind], case.reads), "layers": count}
 
 
 def model_row(model: Model, config: Config, case: Case, found: dict[str, float]) -> dict[str, Any]:
@@ -492,18 +418,14 @@ def model_row(model: Model, config: Config, case: Case, found: dict[str, float])
     return row
 
 
-def scaled(
-    model: Model, found: dict[str, float], layers: dict[str, dict[str, float]]
-) -> tuple[dict[str, float], str]:
+def scaled(model: Model, found: dict[str, float], fewer: dict[str, float]) -> tuple[dict[str, float], str]:
     """All layers of the released model, and in words how that follows from those measured."""
-    names = ("us", "us_kernels", "us_host", "launches")
-    total, words = {name: found[name] for name in names}, []
-    for kind, row in layers.items():
-        counts = (each.main_ratios.count(KINDS[kind]) for each in (model.whole, model.config))
-        lacking = next(counts) - next(counts)
-        total = {name: total[name] + lacking * row[name] for name in names}
-        words.append(f"{lacking:+d} {kind} of {row['us']:.1f}")
-    return total, f"{model.config.num_hidden_layers} layers took {found['us']:.0f} us; {', '.join(words)}"
+    layers, few = model.config.num_hidden_layers, few_layers(model.whole, FEW).num_hidden_layers
+    lacking = model.whole.num_hidden_layers - layers
+    each = {name: (found[name] - fewer[name]) / (layers - few) for name in ("us", "us_kernels", "launches")}
+    total = {name: found[name] + lacking * one for name, one in each.items()}
+    words = f"{layers} layers took {found['us']:.0f} us, {few} of them {fewer['us']:.0f}"
+    return total, f"{words}; +{lacking} of {each['us']:.1f}"
 
 
 def rounded(row: dict[str, Any]) -> dict[str, Any]:
@@ -514,7 +436,7 @@ def shown(row: dict[str, Any]) -> str:
     us, kernels, floor = row["us"], row["us_kernels"], row["floor_us"]
     return (
         f"{row['id']}: {us:.1f} us, floor {floor:.1f} ({floor / us:.0%}); kernels {kernels:.1f} in"
-        f" {row['launches']:.0f} launches, outside {us - kernels:.1f}; starting it {row['us_host']:.1f}"
+        f" {row['launches']:.0f} launches, outside {us - kernels:.1f}"
     )
 
 
@@ -549,10 +471,14 @@ Jobs = list[tuple[Work, Future[Prepared | None]]]
 
 
 def measure_case(
-    model: Model, case: Case, jobs: Jobs, budget: Budget, profile: bool
+    model: Model, case: Case, jobs: Jobs, budget: Budget, profile: bool, first: dict[Any, Any]
 ) -> tuple[list[dict[str, Any]], int]:
-    """The rows of a case whose programs these are, and how many of them failed."""
-    rows, layers, whole, wrong = [], {}, None, 0
+    """The rows of a case in one mode, whose programs these are, and how many of them failed.
+
+    Args:
+      first: what programs of the default mode gave; filled here.
+    """
+    rows, wrong = [], 0
     for work, future in jobs:
         try:
             prepared = future.result()
@@ -561,20 +487,19 @@ def measure_case(
                 continue
             if not budget.fits(work, state_bytes(work) + prepared.temp_bytes):
                 continue
-            found = measure(work, prepared, profile)
+            found, result = measure(work, prepared, profile)
+            expected = first.setdefault((case, work.config), result)
+            if work.mode == "concurrent" and not np.array_equal(result, expected):
+                raise ArithmeticError("the bits are not those of the first mode")
         except Exception as error:  # one program's failure leaves the others their turn
             wrong += 1
             print(f"{work.name}: {type(error).__name__} {str(error)[:300]}", flush=True)
             continue
-        if work.kind == "model":
-            seconds = {"trace_s": prepared.trace_s, "compile_s": prepared.compile_s}
-            rows.append(whole := model_row(model, model.config, case, found | seconds))
-        else:
-            rows.append(layer_row(model, case, work.kind, found))
-            layers[work.kind] = rows[-1]
+        seconds = {"trace_s": prepared.trace_s, "compile_s": prepared.compile_s}
+        rows.append(model_row(model, work.config, case, found | seconds))
         print(f"{shown(rows[-1])}\n  {prepared}, first run {found['first_run_s']:.1f} s", flush=True)
-    if whole is not None and set(layers) == set(model.kinds):
-        total, words = scaled(model, whole, layers)
+    if len(rows) == 2:
+        total, words = scaled(model, *rows)
         rows.append(model_row(model, model.whole, case, total) | {"scaled": words})
         print(f"{shown(rows[-1])}\n  {words}", flush=True)
     return rows, wrong
@@ -584,6 +509,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     begun = time.perf_counter()
     cases = list(dict.fromkeys(options.cases))
+    turns = list(itertools.product(cases, options.modes))
     model = Model.made_up(options.model, options.layers_of_each, mtp=any(case.drafts for case in cases))
     weights = size_bytes(jax.block_until_ready((model.params, model.mtp_params)))
     limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", float("inf"))
@@ -595,23 +521,23 @@ def main(arguments: list[str] | None = None) -> int:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = [
             (work, pool.submit(budget.prepare, work, options.implementation))
-            for case in cases
+            for case, mode in turns
             for work in works(
                 model,
                 case,
                 min(options.piece, case.context),
                 options.steps_at_once,
-                invariant=options.invariant,
+                mode,
             )
-            if work.kind in options.kinds and budget.fits(work, planned_bytes(work))
+            if budget.fits(work, planned_bytes(work))
         ]
     print(f"# compiled; {budget.passed:.0f} s", flush=True)
 
-    mode = "invariant" if options.invariant else options.implementation or "default"
-    here, wrong = facts() | {"implementation": mode}, 0
-    for case in cases:
-        of_case = [job for job in jobs if job[0].case == case]
-        rows, failed = measure_case(model, case, of_case, budget, options.profile)
+    here, first, wrong = facts(), {}, 0
+    for case, mode in turns:
+        here["implementation"] = options.implementation or "default" if mode == "default" else mode
+        of_case = [job for job in jobs if (job[0].case, job[0].mode) == (case, mode)]
+        rows, failed = measure_case(model, case, of_case, budget, options.profile, first)
         wrong += failed
         prefill = case.mode == "prefill"
         more = {"piece": min(options.piece, case.context)} if prefill else {"steps": options.steps_at_once}
@@ -627,21 +553,15 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", choices=list(PRESETS), default="flash")
-    parser.add_argument(
-        "--layers-of-each", type=int, default=4, help="as many of a kind as there are, at most"
-    )
+    parser.add_argument("--layers-of-each", type=int, default=4, help="as many as there are, at most")
     parser.add_argument("--cases", type=Case.parse, nargs="+", default=[Case.parse(each) for each in CASES])
-    kinds = ["model", *KINDS]
-    parser.add_argument(
-        "--kinds", choices=kinds, nargs="+", default=kinds, help="all make the row of all layers"
-    )
     parser.add_argument(
         "--piece", type=int, default=PIECES_ON_GPU[-1], help="tokens of a prompt that are read at once"
     )
     parser.add_argument("--steps-at-once", type=int, default=STEPS_ON_GPU, help="decode steps of one program")
-    parser.add_argument("--invariant", action="store_true", help="whole decode steps as with `invariant`")
+    parser.add_argument("--modes", choices=MODES, nargs="+", default=MODES[:1], help="see above")
     parser.add_argument("--implementation", help="as the command line's option; by default the fastest")
-    parser.add_argument("--seconds", type=float, default=85, help="begin no new case after so long")
+    parser.add_argument("--seconds", type=float, default=300, help="begin no new case after so long")
     parser.add_argument(
         "--memory-gb", type=float, default=float("inf"), help="plan with no more than so much"
     )

@@ -1,8 +1,11 @@
 """Parameters and caches with made-up numbers, made on the device: for measuring models that no file holds."""
 
 import functools
+import importlib
 import zlib
+from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +35,33 @@ def made_up_params(
     params = nest(layout.leaves)
     heads = params.pop("mtp", None)
     return params, heads and heads[0]
+
+
+class _Shapes(Layout):
+    """Lays out shapes in place of arrays."""
+
+    def _change(self, paths: list[Any], change: Callable[..., tuple[Any, ...]]) -> None:
+        # Whether tiles hold a weight depends on its numbers; those made up, and those released, fit.
+        experts = importlib.import_module("pallas_kernels.expert_mlp")
+        with mock.patch.object(experts, "tileable", return_value=True):
+            changed = jax.eval_shape(change, *[self.leaves[path] for path in paths])
+        self.leaves.update(zip(paths, changed, strict=True))
+
+
+def parameter_shapes(config: Config, *, mtp: bool = False) -> tuple[Params, Params | None]:
+    """What `made_up_params` gives, as shapes on the first device."""
+    layout = _Shapes(current_target())
+    for parameter in parameters(config, mtp=mtp):
+        layout.take(parameter.path, parameter.value)
+    params = shapes_on_device(nest(layout.leaves))
+    heads = params.pop("mtp", None)
+    return params, heads and heads[0]
+
+
+def shapes_on_device(shapes: Any) -> Any:
+    """As arrays that are on the first device."""
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
 
 
 def made_up_like(shapes: Any, seed: int = 0) -> Any:

@@ -1,16 +1,15 @@
 #!/usr/bin/env python3
 """Seconds until a model is ready: without a cache of compiled programs, and with the one that this left.
 
-Two things are started, each twice in a process of its own: the program of a decode step of all layers of the
-released model, which is traced and compiled without its weights; and `dsv4-jax warmup` on a checkpoint, by
-default a made-up one of four layers of Flash's width, which compiles all that serving needs.
+Two things are started, each twice in a process of its own: an engine's program of decode steps of all layers
+of the released model, without its weights; and `dsv4-jax warmup` on a checkpoint, by default a made-up one of
+four layers of Flash's width, which compiles all that serving needs.
 
   python scripts/bench/startup.py --results scripts/bench/results/h200.json
   python scripts/bench/startup.py --only step --case "decode B=32 ctx=32k"
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import re
@@ -65,10 +64,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def step(model: str, case: str, programs: Path) -> dict[str, Any]:
-    """A process that compiles a step: `us` is tracing and compiling, or finding what was compiled."""
+    """A process that compiles a step: `us` is of that, or of finding what was compiled."""
     options = ["--compile-here", "--model", model, "--case", case]
-    found = json.loads(_output([sys.executable, __file__, *options], programs).splitlines()[-1])
-    return found | {"us": round((found["trace_s"] + found["compile_s"]) * 1e6)}
+    return json.loads(_output([sys.executable, __file__, *options], programs).splitlines()[-1])
 
 
 def warmup(checkpoint: Path, max_len: int, programs: Path) -> dict[str, Any]:
@@ -96,6 +94,7 @@ def _output(command: list[str], programs: Path | None = None) -> str:
     }
     if programs is not None:
         environment["JAX_COMPILATION_CACHE_DIR"] = str(programs)
+        environment["TRITON_CACHE_DIR"] = str(programs / "triton")
         environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
@@ -104,30 +103,32 @@ def _output(command: list[str], programs: Path | None = None) -> str:
 
 
 def compile_step(name: str, case: str) -> dict[str, Any]:
-    """Traces and compiles a case's whole model, of all layers; their shapes are those of a few."""
+    """An engine's decode steps of all layers, from shapes alone: traced and compiled, or found."""
     begin = time.perf_counter()
     import jax
-    from decode import Case, Model, prepare, works
+    from decode import Case, Model, works
+    from made_up import parameter_shapes, shapes_on_device
 
-    parsed = Case.parse(case)
-    few = Model.made_up(name, 2, mtp=parsed.drafts > 0)
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), few.params)
-    hashed, of_kind = few.config.num_hash_layers, {}
-    for place, ratio in enumerate(few.config.main_ratios):
-        of_kind[ratio, place < hashed] = shapes["layers"][place]
-    layers = {
-        place: of_kind[ratio, place < few.whole.num_hash_layers]
-        for place, ratio in enumerate(few.whole.main_ratios)
-    }
-    whole = dataclasses.replace(few, config=few.whole, params=shapes | {"layers": layers})
-    work = works(whole, parsed, piece=512, count=8)[0]
+    from dsv4_jax.compiles import count_compiles
+    from dsv4_jax.config import PRESETS
+    from dsv4_jax.engine import STEPS_ON_GPU
+    from dsv4_jax.numerics import OFFICIAL
+    from dsv4_jax.programs import compiled
+    from dsv4_jax.slots import take_steps
+
+    parsed, config = Case.parse(case), PRESETS[name]
+    model = Model(name, config, config, *parameter_shapes(config, mtp=parsed.drafts > 0))
+    work = works(model, parsed, 0, STEPS_ON_GPU)[0]
+    state = shapes_on_device(jax.eval_shape(work.state))
+    arguments = *(work.params, state["requests"], state["sequences"]), *(state["forced"], state["most"])
     made = time.perf_counter()
-    prepared = prepare(work, None)
+    with count_compiles() as compiles:
+        compiled(take_steps, (config, OFFICIAL, False), arguments, None)
     return {
-        "id": f"{name} {few.whole.num_hidden_layers} layers {parsed.of_model}",
-        "trace_s": round(prepared.trace_s, 2),
-        "compile_s": round(prepared.compile_s, 2),
-        "before_s": round(made - begin, 2),  # importing, and the numbers of a few layers
+        "id": f"{name} {config.num_hidden_layers} layers {parsed.of_model}",
+        "us": round((time.perf_counter() - made) * 1e6),
+        "compile_s": round(compiles.seconds, 2),
+        "before_s": round(made - begin, 2),  # importing, and the shapes
     }
 
 

@@ -205,6 +205,7 @@ def test_hash_tables_name_distinct_experts_for_each_token(tiny):
     assert set(np.unique(table)) == set(range(8))
 
 
+@pytest.mark.slow
 def test_activations_stay_in_range_through_tens_of_layers(tmp_path):
     deep = dataclasses.replace(
         TINY, num_hidden_layers=24, compress_ratios=(0, 0, *(4, 128) * 11, 0), num_hash_layers=0

@@ -1,7 +1,6 @@
 """Requests that come and go: each gets what it gets alone, and nothing compiles while they do."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -161,7 +160,7 @@ def test_a_nan_ends_its_request_and_no_other_and_none_after_it(tiny_fp4, shallow
     embed = np.float32(loaded.params["embed"]["weight"])
     embed[77] = np.nan
     params = loaded.params | {"embed": {"weight": jnp.asarray(embed, jnp.bfloat16)}}
-    engine = started(dataclasses.replace(loaded, params=params), 0, slots=2, pieces=(32,))
+    engine = started(dataclasses.replace(loaded, params=params), 0, steps_at_once=1)
     greedy = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
 
     healthy = engine.add([5, 6, 7], greedy)
@@ -182,7 +181,7 @@ def test_a_nan_ends_its_request_and_no_other_and_none_after_it(tiny_fp4, shallow
 
 
 def test_an_end_of_sentence_ends_a_request(tiny_fp4, shallow):
-    engine = started(shallow(tiny_fp4.loaded, 2), 0)
+    engine = started(shallow(tiny_fp4.loaded, 1), 0)
     greedy = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
     number = engine.add([3, 4, 5], greedy)
     tokens = answers(engine)[number][0]
@@ -215,19 +214,6 @@ def test_memory_is_refused_before_anything_is_allocated(tiny_fp4, monkeypatch, f
     assert len(jax.live_arrays()) == live
 
 
-def test_nothing_compiles_after_warm_up(tiny_fp4, shallow):
-    warm = started(shallow(tiny_fp4.loaded), 2, slots=3, prefix_bytes=2**24)
-    warm.warm_up()
-
-    with count_compiles() as compiles:
-        for length in (70, 7, 40, 70):
-            warm.add([3] * length, SamplingParams(max_tokens=5, ignore_eos=True))
-        answers(warm)
-
-    assert compiles.count == 0
-    assert warm.prefix_hits == 2
-
-
 @pytest.mark.parametrize(
     ("ids", "max_tokens", "forced", "message"),
     [
@@ -249,11 +235,11 @@ def test_what_cannot_be_served_is_refused(engine, ids, max_tokens, forced, messa
 
 
 @pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
-def test_a_mesh_serves_as_one_device_does_without_a_compile(tiny_fp4, shallow):
-    mesh, requests = make_mesh(dp=2, tp=2), made_up(6, seed=3)
-    spread = load(Path(__file__).parents[1] / "data" / "tiny-fp4", mesh=mesh)
+def test_a_mesh_serves_as_one_device_does_without_a_compile(text_checkpoint):
+    requests = made_up(6, seed=3)
     serving, alone = (
-        started(shallow(model, 2), 0, pieces=(32,), prefix_bytes=2**24) for model in (spread, tiny_fp4.loaded)
+        started(load(text_checkpoint, mesh=mesh), 0, pieces=(32,), prefix_bytes=2**24)
+        for mesh in (make_mesh(dp=2, tp=2), None)
     )
     serving.warm_up()
 

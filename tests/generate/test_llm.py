@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 
 from dsv4_jax.compiles import count_compiles
 from dsv4_jax.errors import MemoryPlanError, RequestError, TokenizerError
@@ -21,8 +21,11 @@ PROMPTS = [[5, 6, 7], list(range(2, 42)), [9] * 17]
 
 
 @pytest.fixture(scope="module")
-def llm() -> LLM:
-    return LLM.from_pretrained(GOLDEN, numerics=PLAIN)
+def llm(tiny_fp4, shallow) -> LLM:
+    """With the slots for all tests from the first one on: they share what is compiled."""
+    llm = LLM(shallow(tiny_fp4.loaded, 2), numerics=PLAIN)
+    llm.generate(PROMPTS, dataclasses.replace(GREEDY, max_tokens=1))
+    return llm
 
 
 def test_one_prompt_or_a_list_of_them(llm):
@@ -136,7 +139,7 @@ def test_nothing_else_is_answered_while_a_stream_is_under_way(llm):
 
 
 def test_drafts_change_no_greedy_answer_and_are_counted(llm):
-    drafting = LLM.from_pretrained(GOLDEN, numerics=PLAIN, draft_tokens=2)
+    drafting = LLM(llm.model, numerics=PLAIN, draft_tokens=2)
 
     found, expected = drafting.generate(PROMPTS, GREEDY), llm.generate(PROMPTS, GREEDY)
 
@@ -145,8 +148,8 @@ def test_drafts_change_no_greedy_answer_and_are_counted(llm):
     assert [each.drafted for each in expected] == [0] * 3
 
 
-def test_prompts_that_begin_alike_are_read_once(llm, shallow):
-    keeping = LLM(shallow(llm.model, 2), numerics=PLAIN, prefix_bytes=2**24)
+def test_prompts_that_begin_alike_are_read_once(llm):
+    keeping = LLM(llm.model, numerics=PLAIN, prefix_bytes=2**24)
     long = [7] * 600
 
     first, second = (keeping.generate(long, dataclasses.replace(GREEDY, max_tokens=2))[0] for _ in range(2))
@@ -175,8 +178,8 @@ def test_drafts_are_refused_without_the_head_or_in_large_numbers(llm):
         LLM.from_pretrained("/no such folder", draft_tokens=5)
 
 
-def test_the_released_arithmetic_runs(llm):
-    official = LLM(llm.model, numerics=OFFICIAL)
+def test_the_released_arithmetic_runs(tiny_fp4, shallow):
+    official = LLM(shallow(tiny_fp4.loaded, 2, quantised=True), numerics=OFFICIAL)
 
     output = official.generate(PROMPTS[1], GREEDY)[0]
 
@@ -184,22 +187,14 @@ def test_the_released_arithmetic_runs(llm):
     assert np.isfinite(output.logprob_sum)
 
 
-def test_text_goes_in_and_comes_out_where_there_is_a_tokenizer(tmp_path):
-    folder = tmp_path / "checkpoint"
-    shutil.copytree(GOLDEN, folder)
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
-    bpe.train_from_iterator(["the quick brown fox jumps over the lazy dog"], trainer)
-    bpe.save(str(folder / "tokenizer.json"))
-    llm = LLM.from_pretrained(folder, numerics=PLAIN)
+def test_text_goes_in_and_comes_out_where_there_is_a_tokenizer(text_checkpoint):
+    tokenizer = Tokenizer.from_file(str(text_checkpoint / "tokenizer.json"))
+    llm = LLM.from_pretrained(text_checkpoint, numerics=PLAIN)
 
     output = llm.generate("the quick dog", GREEDY)[0]
 
-    assert output.prompt_token_ids == bpe.encode("the quick dog").ids
-    assert isinstance(output.text, str)
+    assert output.prompt_token_ids == tokenizer.encode("the quick dog").ids
+    assert output.text == tokenizer.decode(output.token_ids)
 
 
 def test_a_damaged_tokenizer_is_an_error_of_its_own(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 
 from dsv4_jax import prefix as prefix_module
 from dsv4_jax.checkpoint.load import LoadedModel
+from dsv4_jax.compiles import count_compiles
 from dsv4_jax.decode import Caches
 from dsv4_jax.engine import Engine
 from dsv4_jax.errors import MemoryPlanError
@@ -76,6 +77,19 @@ def prompts(block: int) -> list[list[int]]:
     common = text(3 * block)
     ends = [(0, block + 3), (3, 40), (1, 1), (2, block), (3, 7), (1, 2 * block), (2, 33), (3, 0), (2, 0)]
     return [common[: shared * block] + text(end, seed) for seed, (shared, end) in enumerate(ends, start=1)]
+
+
+def test_nothing_compiles_after_warm_up(start):
+    warm = start()
+    block = block_of(warm)
+    warm.warm_up()
+
+    with count_compiles() as compiles:
+        for length in (2 * block + 6, 7, block + 8, 2 * block + 6):
+            ask(warm, [3] * length)
+
+    assert compiles.count == 0
+    assert warm.prefix_hits == 2
 
 
 def test_a_hit_gives_what_a_miss_gives_bit_for_bit(start):

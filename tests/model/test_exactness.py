@@ -19,7 +19,6 @@ from dsv4_jax.generate import NO_TOKEN, Generation, decode_step, generate, prefi
 from dsv4_jax.model import Params
 from dsv4_jax.numerics import PLAIN
 from dsv4_jax.sampling import SamplingArrays, SamplingParams
-from pallas_kernels import QuantArray, dequantize
 
 # Around every edge: the first window of 4, the sliding window of 16, the first and second window of 128, and
 # where the 8 entries that the indexer may choose are long outnumbered.
@@ -60,13 +59,7 @@ class Tiny:
 @pytest.fixture(scope="module")
 def tiny(tiny_fp4, shallow) -> Tiny:
     loaded = shallow(tiny_fp4.loaded)
-
-    def plain(leaf):
-        # bfloat16 holds every FP8 and FP4 weight exactly, and a step need not decode them again.
-        return dequantize(leaf, leaf.exact_dtype) if isinstance(leaf, QuantArray) else leaf
-
-    params = jax.tree.map(plain, loaded.params, is_leaf=lambda leaf: isinstance(leaf, QuantArray))
-    return Tiny(loaded.config, params)
+    return Tiny(loaded.config, loaded.params)
 
 
 @pytest.fixture(scope="module")
