@@ -51,7 +51,9 @@ def random_choice() -> contextlib.AbstractContextManager[None]:
 
 def rope_turns_backwards() -> contextlib.AbstractContextManager[None]:
     """Queries and keys of attention turn the other way."""
-    return replaced(attention, rotation=lambda real: lambda *at: (turns := real(*at))._replace(sin=-turns.sin))
+    return replaced(
+        attention, rotation=lambda real: lambda *at: (turns := real(*at))._replace(sin=-turns.sin)
+    )
 
 
 def comb_transposed() -> contextlib.AbstractContextManager[None]:

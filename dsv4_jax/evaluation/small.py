@@ -1,9 +1,7 @@
 """The scores of the small model, by name: what its card shows and its regression test holds it to."""
 
-import contextlib
-import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +35,10 @@ class Small:
       level: how hard its short tasks are.
     """
 
-    def __init__(self, folder: str | Path, *, rows: int, level: data.Level = data.Level()):
+    def __init__(self, folder: str | Path, *, rows: int, level: data.Level | None = None):
         self.model: LoadedModel = load(folder, mtp=True)
         self.tokenizer = Tokenizer.from_pretrained(folder, self.model.config.vocab_size)
-        self.rows, self.level = rows, level
+        self.rows, self.level = rows, level or data.Level()
 
     def serve(self, *, model: LoadedModel | None = None, **options: Any) -> LLM:
         """As it is released: official arithmetic."""
@@ -140,5 +138,7 @@ def ask(llm: LLM, problems: Sequence[Problem]) -> list[GenerationOutput]:
 
 def share(outputs: Sequence[GenerationOutput], problems: Sequence[Problem]) -> float:
     """Of answers that are the right ones, letter for letter but for space around them."""
-    right = [(each.text or "").strip() == problem.target for each, problem in zip(outputs, problems, strict=True)]
+    right = [
+        (each.text or "").strip() == problem.target for each, problem in zip(outputs, problems, strict=True)
+    ]
     return float(np.mean(right))

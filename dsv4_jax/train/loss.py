@@ -51,7 +51,7 @@ def simulated(config: Config, masters: Weights) -> Weights:
 def loss(
     masters: Weights, ids: jax.Array, task: jax.Array, setting: Setting, *, remat: bool = False
 ) -> tuple[jax.Array, Losses]:
-    """The loss of texts [B, T] whose tokens are answers to tasks, or to none (`data.batch`); and its parts."""
+    """The loss of texts [B, T] whose tokens are answers to tasks or to none (`data.batch`), and its parts."""
     weights = simulated(setting.config, masters)
     logits, drafts, reports = forward(ids, weights, setting, remat=remat)
     nats = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], ids[:, 1:])
@@ -69,7 +69,5 @@ def loss(
     alignment = jnp.asarray(sum(each.alignment for each in reports))
     names = [*map(str, range(len(reports) - 1)), "mtp"]
     loads = {name: each.load for name, each in zip(names, reports, strict=True) if each.load is not None}
-    parts = Losses(
-        by_task(nats), mean(nats, task[:, 1:] == 0), mtp, alignment, by_task(right), loads
-    )
+    parts = Losses(by_task(nats), mean(nats, task[:, 1:] == 0), mtp, alignment, by_task(right), loads)
     return mean(nats, weight[:, 1:]) + MTP_SHARE * mtp + alignment, parts

@@ -59,15 +59,15 @@ def card(scores: Mapping[str, Any], curve: list[dict[str, Any]], config: Config,
     losses = [*scores["faults"].values(), {}][0]
     text = [
         "# A small DeepSeek-V4",
-        f"The real architecture in {nbytes / 1e6:.1f} MB: {config.num_hidden_layers} layers and an MTP head, FP4"
-        f" experts and FP8 linears, trained by `scripts/train_small/train.py`, seed {scores['seed']}, in"
+        f"The real architecture in {nbytes / 1e6:.1f} MB: {config.num_hidden_layers} layers and an MTP head,"
+        f" FP4 experts and FP8 linears, trained by `scripts/train_small/train.py`, seed {scores['seed']}, in"
         f" {curve[-1]['step']} steps and {curve[-1]['seconds']:.0f} s. What it was trained on, and how:"
         " docs/training.md. It knows these tasks and nothing else:",
         "```\n720+583=2140        27 + 385 = 412, the units first\ncopy lamp egg owl = lamp egg owl\n"
-        "sort 8 3 5 = 3 5 8\nclose ( [ { = } ] )\n red lamp owl        what follows a pair of words is the same"
-        " wherever it comes again\n```",
-        f"All scores are of the quantised model in the released arithmetic, on problems that it never saw, with"
-        f" up to {level['items']} items and {level['digits']} digits ({scores['rows']} of each task,"
+        "sort 8 3 5 = 3 5 8\nclose ( [ { = } ] )\n red lamp owl        what follows a pair of words is the"
+        " same wherever it comes again\n```",
+        "All scores are of the quantised model in the released arithmetic, on problems that it never saw,"
+        f" with up to {level['items']} items and {level['digits']} digits ({scores['rows']} of each task,"
         f" {scores['far_rows']} of each distance). scores.json has them all.",
         "## Right answers",
         table(list(exact), [list(exact.values())]),
@@ -107,7 +107,10 @@ def card(scores: Mapping[str, Any], curve: list[dict[str, Any]], config: Config,
         "## Loss while training",
         table(
             ["step", *curve[-1]["answers"], "other tokens", "MTP"],
-            [[row["step"], *row["answers"].values(), row["others"], row["mtp"]] for row in curve[::-every][::-1]],
+            [
+                [row["step"], *row["answers"].values(), row["others"], row["mtp"]]
+                for row in curve[::-every][::-1]
+            ],
         ),
     ]
     return "\n\n".join(text) + "\n"
