@@ -1,7 +1,7 @@
 """Steps of training: many in one program, with data made inside of it."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +50,7 @@ def _kept(path: tuple) -> bool:
     return path[-1].key in ("tid2eid", "bias")
 
 
-def _matrices(learning: Weights) -> Weights:
+def _matrices(learning: Any) -> Any:
     """How Muon sees parameters: matrices, stacks of them; None for what is Adam's."""
     by_adam = "embed", "head", "hc_", "ape", "norm", "gate']"
 

@@ -145,8 +145,8 @@ def test_a_problem_asks_for_what_stands_so_many_tokens_before(tmp_path):
         assert len(tokenizer.encode("\n".join([*facts[place:], asked]))) == 400 + 2
 
 
-# Two orders of float32 sums. These texts have no number at a tie of FP8 or FP4: one would change its code, and
-# some logits by 1e-3 to 1e-1, as far as the model moves from itself if its embedding moves by 1e-6.
+# Two orders of float32 sums. These texts have no number at a tie of FP8 or FP4: one would change its code
+# and some logits by 1e-3 to 1e-1, as far as the model moves from itself if its embedding moves by 1e-6.
 @pytest.mark.parametrize("numerics", [PLAIN, KVQUANT], ids=["plain", "kvquant"])
 def test_the_forward_pass_of_training_is_that_of_the_model(masters, texts, numerics):
     ids, weights = texts[0][:2, :256], simulated(CONFIG, masters)
