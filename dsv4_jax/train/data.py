@@ -1,14 +1,20 @@
 """Training text, made on the device as token ids: the same for the same seed, step and row.
 
-Lines of seven kinds, each with an answer after its " =":
+Lines of short tasks, whose answers follow an "=":
 
-    27+385=412                                     sums and differences with carries
+    720+583=2140                                   27 + 385: the units first, three digits long
     copy lamp egg owl = lamp egg owl
     sort 8 3 5 = 3 5 8
     close ( [ { = } ] )
     the lamp follows the owl near the egg.         a templated English
-    set red lamp = owl                             facts, at any distance from
-    get red lamp = owl                             the question
+
+and texts of facts: what follows a pair of words is the same wherever the pair comes again.
+
+     red lamp owl
+     wet stone key
+     red lamp owl
+
+Numbers are written as they are added, the units first: no digit hangs on one that is not yet there.
 """
 
 from typing import NamedTuple
@@ -20,15 +26,16 @@ import numpy as np
 from dsv4_jax.train.words import ADJECTIVES, BRACKETS, ID, NOUNS, PLACES, VERBS
 
 LINE = 32  # tokens of the longest line
-FACT = 6  # tokens of a line with a fact, or that asks for one
-_SHORTEST = 5  # of the other lines, "1+1=2" and its end
-SET, GET = ID["set"], ID["get"]
+FACT = 4  # tokens of a fact
+DIGITS = 3  # of the numbers of a sum
+_SHORTEST = 5  # of the short tasks, " copy owl = owl" and its end
 _END, _EQUALS, _SPACE_EQUALS = ID["Ċ"], ID["="], ID["Ġ="]
 _DIGIT = ID["0"]
 _SPACED_DIGIT = ID["Ġ0"]
 _ADJECTIVE, _NOUN = ID[f"Ġ{ADJECTIVES[0]}"], ID[f"Ġ{NOUNS[0]}"]
 _VERB, _PLACE, _OPEN = ID[f"Ġ{VERBS[0]}"], ID[f"Ġ{PLACES[0]}"], ID[f"Ġ{BRACKETS[0]}"]
 HELD_OUT = 16  # one problem of so many is never trained on
+TASKS = ("arithmetic", "copy", "sort", "close", "recall")  # what has answers; by number, plus one
 
 
 class Level(NamedTuple):
@@ -62,11 +69,9 @@ def _one(id: int) -> tuple[jax.Array, int, bool]:
     return jnp.array([id]), 1, False
 
 
-def _number(value: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Digits of a number below 10,000, the leading one first, and how many."""
-    digits = value // np.array([1000, 100, 10, 1]) % 10
-    count = 1 + (value >= 10) + (value >= 100) + (value >= 1000)
-    return _DIGIT + jnp.roll(digits, count), count
+def _number(value: jax.Array, digits: int) -> jax.Array:
+    """Its digits, the units first."""
+    return _DIGIT + value // 10 ** np.arange(digits) % 10
 
 
 def _is_held_out(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -85,14 +90,9 @@ def arithmetic(key: jax.Array, level: Level, held_out: bool) -> Lines:
     a, b = jnp.where(minus & (a < b), b, a), jnp.where(minus & (a < b), a, b)
     result = jnp.where(minus, a - b, a + b)
     sign_id = jnp.where(minus, ID["-"], ID["+"])
-    return _join(
-        (*_number(a), False),
-        (sign_id[None], 1, False),
-        (*_number(b), False),
-        _one(_EQUALS),
-        (*_number(result), True),
-        (jnp.array([_END]), 1, True),
-    )
+    asked = jnp.concatenate([_number(a, DIGITS), sign_id[None], _number(b, DIGITS), jnp.array([_EQUALS])])
+    answer = jnp.append(_number(result, DIGITS + 1), _END)
+    return _join((asked, asked.size, False), (answer, answer.size, True))
 
 
 def copying(key: jax.Array, level: Level, held_out: bool) -> Lines:
@@ -144,7 +144,7 @@ _ARITHMETIC_MORE = np.array([0, 0, 0, 1, 2, 3, 4])  # what is hardest comes most
 def short_tasks(
     key: jax.Array, tokens: int, level: Level, held_out: bool = False
 ) -> tuple[jax.Array, jax.Array]:
-    """Ids [tokens] that begin a text with lines of KINDS, and which of them are answers."""
+    """Ids [tokens] of lines of KINDS, and to which task each is an answer: its number plus one; else 0."""
     kinds, lines = jax.random.split(key)
     count = tokens // _SHORTEST
     kinds = jnp.asarray(_ARITHMETIC_MORE)[jax.random.randint(kinds, (count,), 0, _ARITHMETIC_MORE.size)]
@@ -158,49 +158,40 @@ def short_tasks(
     start = 1 + jnp.cumsum(length) - length
     place = jnp.where(jnp.arange(LINE) < length[:, None], start[:, None] + jnp.arange(LINE), tokens)
     text = jnp.zeros(tokens, jnp.int32).at[place].set(ids, mode="drop")
-    return text, jnp.zeros(tokens, bool).at[place].set(answer, mode="drop")
+    task = jnp.where(answer, 1 + kinds[:, None], 0)
+    return text, jnp.zeros(tokens, jnp.int32).at[place].set(task, mode="drop")
 
 
 def recall(key: jax.Array, tokens: int) -> tuple[jax.Array, jax.Array]:
-    """As `short_tasks`: facts, each of another key, and questions for facts at distances of any scale."""
+    """As `short_tasks`: facts, each of another key, that come again at distances of any scale."""
     keys, values, asks, back = jax.random.split(key, 4)
     count = -(-tokens // FACT)
-    order = jnp.arange(count)
-    ask = (jax.random.uniform(asks, (count,)) < 0.4) & (order > 0)
-    known = jnp.cumsum(~ask)  # facts so far
-    # Half of the questions go log-uniformly far back, half anywhere.
+    again = (jax.random.uniform(asks, (count,)) < 0.5) & (jnp.arange(count) > 0)
+    known = jnp.cumsum(~again)  # facts so far
+    # Half of them go log-uniformly far back, half anywhere.
     far, how = jax.random.uniform(back, (2, count))
-    far = jnp.where(how < 0.5, known ** jnp.clip(far, 0, 1), far * known)
-    fact = jnp.where(ask, known - 1 - jnp.floor(far).astype(jnp.int32), known - 1)
+    far = jnp.where(how < 0.5, known**far, far * known)
+    fact = jnp.where(again, known - 1 - jnp.floor(far).astype(jnp.int32), known - 1)
     fact = jnp.clip(fact, 0, known - 1)
     keys_there_are = len(ADJECTIVES) * len(NOUNS)
     words = jax.random.permutation(keys, keys_there_are)[fact % keys_there_are]
     value = _NOUN + jax.random.randint(values, (count,), 0, len(NOUNS))[fact]
-    lines = jnp.stack(
-        [
-            jnp.where(ask, GET, SET),
-            _ADJECTIVE + words // len(NOUNS),
-            _NOUN + words % len(NOUNS),
-            jnp.full(count, _SPACE_EQUALS),
-            value,
-            jnp.full(count, _END),
-        ],
-        axis=1,
-    )
-    answer = jnp.zeros((count, FACT), bool).at[:, 4].set(ask)
+    key_ids = [_ADJECTIVE + words // len(NOUNS), _NOUN + words % len(NOUNS)]
+    lines = jnp.stack([*key_ids, value, jnp.full(count, _END)], axis=1)
+    task = jnp.zeros((count, FACT), jnp.int32).at[:, 2].set(again * len(TASKS))
     begin = jnp.zeros(1, jnp.int32)
-    text = jnp.concatenate([begin, lines.reshape(-1)])[:tokens].astype(jnp.int32)
-    return text, jnp.concatenate([begin.astype(bool), answer.reshape(-1)])[:tokens]
+    text, task = (jnp.concatenate([begin, each.reshape(-1)])[:tokens] for each in (lines, task))
+    return text.astype(jnp.int32), task
 
 
 def batch(
     key: jax.Array, rows: int, tokens: int, recall_share: float, level: Level
 ) -> tuple[jax.Array, jax.Array]:
-    """Ids [rows, tokens] and which are answers; the first `recall_share` of the rows are recall."""
+    """Ids [rows, tokens] and what they answer; the first `recall_share` of the rows are recall."""
     recalls = round(rows * recall_share)
     keys = jax.random.split(key, rows)
     parts = [jax.vmap(lambda key: recall(key, tokens))(keys[:recalls])] if recalls else []
     if recalls < rows:
         parts.append(jax.vmap(lambda key: short_tasks(key, tokens, level))(keys[recalls:]))
-    ids, answer = (jnp.concatenate(each) for each in zip(*parts, strict=True))
-    return ids, answer
+    ids, task = (jnp.concatenate(each) for each in zip(*parts, strict=True))
+    return ids, task

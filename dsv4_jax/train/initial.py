@@ -13,9 +13,12 @@ from dsv4_jax.train.forward import Weights
 def initial(config: Config, seed: int) -> Weights:
     """Master weights of the model and its MTP head, as nested as its parameters are."""
     random = np.random.default_rng(seed)
-    return nest(
-        {each.path: jnp.asarray(_numbers(each, config, random)) for each in parameters(config, mtp=True)}
-    )
+    found = {each.path: _numbers(each, config, random) for each in parameters(config, mtp=True)}
+    for path in found:
+        if path[-4:] == ("attn", "compressor", "wkv", "weight"):  # entries begin as means of key-values
+            of_tokens = found[*path[:-3], "wkv", "weight"]
+            found[path] = np.tile(of_tokens, (found[path].shape[0] // of_tokens.shape[0], 1))
+    return nest({path: jnp.asarray(each) for path, each in found.items()})
 
 
 def _numbers(parameter: Parameter, config: Config, random: np.random.Generator) -> np.ndarray:

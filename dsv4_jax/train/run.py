@@ -11,15 +11,23 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from dsv4_jax.config import Config
 from dsv4_jax.errors import NumericError
 from dsv4_jax.train.forward import Setting
 from dsv4_jax.train.initial import initial
 from dsv4_jax.train.loss import Losses
 from dsv4_jax.train.step import Phase, State, begin, run_steps
 
-_PLAN, _CURVE = "plan.json", "curve.jsonl"
+_PLAN, CURVE = "plan.json", "curve.jsonl"
 _FAR = 1e9  # steps in all, while nobody knows: the learning rate does not fall yet
 _SAVE_EVERY = 60  # seconds
+
+
+def restored(folder: Path, config: Config) -> State:
+    """The last state of the run in `folder`."""
+    with ocp.CheckpointManager((folder / "states").absolute()) as manager:
+        wanted = jax.eval_shape(lambda: begin(initial(config, 0)))
+        return manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(wanted))
 
 
 def train(
@@ -59,15 +67,14 @@ def train(
     options = ocp.CheckpointManagerOptions(max_to_keep=2)
     with (
         ocp.CheckpointManager((folder / "states").absolute(), options=options) as manager,
-        (folder / _CURVE).open("a") as curve,
+        (folder / CURVE).open("a") as curve,
     ):
 
         def run(number: int, state: State, total: float) -> State:
             state, losses = steps(number, state, total)
-            values = {
-                name: round(float(each), 5) for name, each in losses._asdict().items() if name != "loads"
-            }
-            if not all(map(math.isfinite, values.values())):
+            values = jax.tree.map(lambda each: round(float(each), 4), losses._replace(loads={}))._asdict()
+            del values["loads"]
+            if not all(map(math.isfinite, jax.tree.leaves(values))):
                 raise NumericError(
                     f"step {int(state.step)}: a loss is not a finite number: {values}",
                     hint=f"the last good state is of step {manager.latest_step()}, in {folder / 'states'}",

@@ -1,11 +1,12 @@
 """Steps of training: many in one program, with data made inside of it."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from optax.contrib import MuonDimensionNumbers, muon
 
 from dsv4_jax.train import data
 from dsv4_jax.train.forward import Setting, Weights
@@ -49,20 +50,26 @@ def _kept(path: tuple) -> bool:
     return path[-1].key in ("tid2eid", "bias")
 
 
-def _is_matrix(weights: Weights) -> Weights:
-    return jax.tree.map(lambda leaf: leaf.ndim > 1, weights)
+def _matrices(learning: Any) -> Any:
+    """How Muon sees parameters: matrices, stacks of them; None for what is Adam's."""
+    by_adam = "embed", "head", "hc_", "ape", "norm", "gate']"
+
+    def seen(name: str, leaf: jax.Array) -> MuonDimensionNumbers | None:
+        adam = getattr(leaf, "ndim", 0) < 2 or any(each in name for each in by_adam)  # optax masks leaves
+        return None if adam else MuonDimensionNumbers(-1, -2)
+
+    return {name: seen(name, leaf) for name, leaf in learning.items()}
 
 
-_ADAM = optax.chain(
+_OPTIMIZER = optax.chain(
     optax.clip_by_global_norm(1.0),
-    optax.scale_by_adam(b1=0.9, b2=0.98),
-    optax.add_decayed_weights(0.02, _is_matrix),
+    muon(1.0, consistent_rms=0.2, adam_b1=0.9, adam_b2=0.98, muon_weight_dimension_numbers=_matrices),
 )
 
 
 def begin(masters: Weights) -> State:
     """The state before the first step."""
-    return State(jnp.int32(0), masters, _ADAM.init(_learning(masters)))
+    return State(jnp.int32(0), masters, _OPTIMIZER.init(_learning(masters)))
 
 
 def _learning(weights: Weights) -> Weights:
@@ -102,17 +109,17 @@ def run_steps(
 
     def one(state: State, _) -> tuple[State, Losses]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        ids, answer = data.batch(key, phase.rows, phase.tokens, phase.recall, phase.level)
+        ids, task = data.batch(key, phase.rows, phase.tokens, phase.recall, phase.level)
         learning = _learning(state.masters)
 
         def of(learning):
             masters = _with(state.masters, learning)
-            return loss(masters, ids, answer, setting, remat=phase.tokens >= REMAT_FROM)
+            return loss(masters, ids, task, setting, remat=phase.tokens >= REMAT_FROM)
 
         gradients, parts = jax.grad(of, has_aux=True)(learning)
-        updates, optimizer = _ADAM.update(gradients, state.optimizer, learning)
+        updates, optimizer = _OPTIMIZER.update(gradients, state.optimizer, learning)
         now = rate(state.step, total, peak)
-        learning = jax.tree.map(lambda each, update: each - now * update, learning, updates)
+        learning = jax.tree.map(lambda each, update: each + now * update, learning, updates)
         masters = balance(_with(state.masters, learning), parts.loads)
         return State(state.step + 1, masters, optimizer), parts._replace(loads={})
 

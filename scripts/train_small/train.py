@@ -28,7 +28,7 @@ PHASES = (
     Phase(share=0.20, rows=16, tokens=2048, recall=0.5, level=Level(), choose=True),
     Phase(share=0.18, rows=4, tokens=8192, recall=0.75, level=Level(), choose=True),
 )
-CPU_PHASES = (Phase(share=1, rows=8, tokens=128, recall=0.25, level=Level(items=6, digits=2), choose=False),)
+CPU_PHASES = (Phase(share=1, rows=12, tokens=128, recall=0.5, level=Level(items=6), choose=False),)
 TOKENS = 3e8  # that a run is meant to see
 CPU_TOKENS_A_SECOND = 1300  # measured on two cores
 

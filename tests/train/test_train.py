@@ -25,11 +25,12 @@ from dsv4_jax.train import data
 from dsv4_jax.train.forward import Setting, forward
 from dsv4_jax.train.initial import initial
 from dsv4_jax.train.loss import loss, simulated
+from dsv4_jax.train.problems import recall
 from dsv4_jax.train.release import release
 from dsv4_jax.train.run import train
 from dsv4_jax.train.small import SMALL
 from dsv4_jax.train.step import Phase
-from dsv4_jax.train.words import VOCAB_SIZE, write_tokenizer
+from dsv4_jax.train.words import NOUNS, TOKENS, VOCAB_SIZE, write_tokenizer
 from pallas_kernels import QuantArray, dequantize
 
 ROOT = Path(__file__).parents[2]
@@ -68,11 +69,11 @@ make_texts = jax.jit(lambda key: data.batch(key, 4, 256, 0.5, data.Level()))
 
 @pytest.fixture(scope="module")
 def texts():
-    return make_texts(jax.random.key(3))
+    return make_texts(jax.random.key(5))
 
 
 def test_text_is_the_same_for_the_same_seed_and_becomes_the_same_tokens_again(texts, tmp_path):
-    again = make_texts(jax.random.key(3))
+    again = make_texts(jax.random.key(5))
     write_tokenizer(tmp_path)
     tokenizer = Tokenizer.from_pretrained(tmp_path, VOCAB_SIZE)
 
@@ -87,11 +88,18 @@ def test_answers_in_the_text_are_right(tmp_path):
     tokenizer = Tokenizer.from_pretrained(tmp_path, VOCAB_SIZE)
     partner = {"(": ")", "[": "]", "{": "}"}
     facts, seen = {}, set()
+
+    def number(digits: str) -> int:  # the units come first
+        return int(digits[::-1])
+
     for row in ids.tolist():
         facts.clear()
         for line in tokenizer.decode(row).split("\n")[:-1]:
             asked, _, answer = line.partition("=")
             command, *given = asked.split()
+            if line.startswith(" "):
+                command, (*key, word) = "fact", line.split()
+                assert facts.setdefault(tuple(key), word) == word
             seen.add(command if command.isalpha() else "sum")
             match command:
                 case "copy":
@@ -100,24 +108,47 @@ def test_answers_in_the_text_are_right(tmp_path):
                     assert answer.split() == sorted(given)
                 case "close":
                     assert answer.split() == [partner[each] for each in reversed(given)]
-                case "set":
-                    assert tuple(given) not in facts
-                    facts[tuple(given)] = answer
-                case "get":
-                    assert facts[tuple(given)] == answer
-                case "the":
+                case "fact" | "the":
                     pass
                 case _:
-                    a, sign, b = re.fullmatch(r"(\d+)([+-])(\d+)", command).groups()
-                    assert int(answer) == (int(a) + int(b) if sign == "+" else int(a) - int(b))
-    assert seen == {"copy", "sort", "close", "set", "get", "the", "sum"}
+                    a, sign, b = re.fullmatch(r"(\d{3})([+-])(\d{3})", command).groups()
+                    sum_or_difference = number(a) + number(b) if sign == "+" else number(a) - number(b)
+                    assert number(answer) == sum_or_difference
+    assert seen == {"copy", "sort", "close", "fact", "the", "sum"}
 
 
-# Two orders of float32 sums. Through FP4, a key that changes its code at a tie would show as 1e-2 or more.
-@pytest.mark.parametrize(
-    ("numerics", "tolerance"), [(PLAIN, 1e-4), (KVQUANT, 2e-3)], ids=["plain", "kvquant"]
-)
-def test_the_forward_pass_of_training_is_that_of_the_model(masters, texts, numerics, tolerance):
+def test_each_answer_is_marked_with_its_task(texts):
+    ids, task = map(np.asarray, texts)
+    words = np.array(TOKENS)
+
+    assert set(np.unique(task)) == {0, *range(1, 1 + len(data.TASKS))}
+    for number, name in enumerate(data.TASKS, start=1):
+        answers = {each.strip("Ġ") for each in words[ids[task == number]]}
+        wanted = {
+            "arithmetic": {*"0123456789", "Ċ"},
+            "sort": {*"0123456789", "Ċ"},
+            "close": {*")]}", "Ċ"},
+            "copy": {*NOUNS, "Ċ"},
+            "recall": {*NOUNS},
+        }
+        assert answers <= wanted[name], name
+
+
+def test_a_problem_asks_for_what_stands_so_many_tokens_before(tmp_path):
+    write_tokenizer(tmp_path)
+    tokenizer = Tokenizer.from_pretrained(tmp_path, VOCAB_SIZE)
+
+    for problem in recall(400, 3, seed=1):
+        *facts, asked = problem.prompt.removeprefix(TOKENS[0]).split("\n")
+        (place,) = [at for at, fact in enumerate(facts) if fact.startswith(asked + " ")]
+        assert facts[place] == f"{asked} {problem.target}"
+        assert len(tokenizer.encode("\n".join([*facts[place:], asked]))) == 400 + 2
+
+
+# Two orders of float32 sums. These texts have no number at a tie of FP8 or FP4: one would change its code
+# and some logits by 1e-3 to 1e-1, as far as the model moves from itself if its embedding moves by 1e-6.
+@pytest.mark.parametrize("numerics", [PLAIN, KVQUANT], ids=["plain", "kvquant"])
+def test_the_forward_pass_of_training_is_that_of_the_model(masters, texts, numerics):
     ids, weights = texts[0][:2, :256], simulated(CONFIG, masters)
     position, length = jnp.zeros(2, jnp.int32), jnp.full(2, 256)
 
@@ -137,17 +168,17 @@ def test_the_forward_pass_of_training_is_that_of_the_model(masters, texts, numer
         weights
     )
 
-    np.testing.assert_allclose(got_logits, logits, atol=tolerance)
-    np.testing.assert_allclose(got_drafts[:, :-1], drafts[:, :-1], atol=tolerance)
+    np.testing.assert_allclose(got_logits, logits, atol=1e-4)
+    np.testing.assert_allclose(got_drafts[:, :-1], drafts[:, :-1], atol=1e-4)
 
 
 @pytest.mark.slow  # compiles the backward pass
 def test_every_weight_has_a_finite_gradient(masters, texts):
-    ids, answer = (each[:2] for each in texts)  # 256 tokens: no answer sees the 128th's entry in fewer
+    ids, task = (each[:2] for each in texts)  # 256 tokens: no answer sees the 128th's entry in fewer
     setting = Setting(CONFIG, KVQUANT, choose=False)
-    gradients, parts = jax.jit(
-        jax.grad(lambda m: loss(m, ids, answer, setting), has_aux=True, allow_int=True)
-    )(masters)
+    gradients, parts = jax.jit(jax.grad(lambda m: loss(m, ids, task, setting), has_aux=True, allow_int=True))(
+        masters
+    )
 
     for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
         if path[-1].key not in ("tid2eid", "bias"):

@@ -1,0 +1,144 @@
+"""The scores of the small model, by name: what its card shows and its regression test holds it to."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsv4_jax.checkpoint.load import LoadedModel, load
+from dsv4_jax.evaluation import faults
+from dsv4_jax.evaluation.likelihood import likelihoods
+from dsv4_jax.llm import LLM, GenerationOutput
+from dsv4_jax.numerics import OFFICIAL, PLAIN
+from dsv4_jax.sampling import SamplingParams
+from dsv4_jax.tokenizer import Tokenizer
+from dsv4_jax.train import data
+from dsv4_jax.train.forward import Setting, Weights, forward
+from dsv4_jax.train.problems import SHORT, STOP, Problem, recall, short
+
+NEAR = 100  # tokens between a fact and its question, in the scores that need no long text
+DRAFTS = 1, 3
+_SEED = 1  # of problems; training has others
+_TEXTS, _TOKENS = 16, 512  # whose loss is taken
+_ROOM = 256  # tokens of a short problem and its answer
+
+
+class Small:
+    """The model, and the problems that it is asked.
+
+    Attributes:
+      rows: of each task.
+      level: how hard its short tasks are.
+    """
+
+    def __init__(self, folder: str | Path, *, rows: int, level: data.Level | None = None):
+        self.model: LoadedModel = load(folder, mtp=True)
+        self.tokenizer = Tokenizer.from_pretrained(folder, self.model.config.vocab_size)
+        self.rows, self.level = rows, level or data.Level()
+
+    def serve(self, *, model: LoadedModel | None = None, **options: Any) -> LLM:
+        """As it is released: official arithmetic."""
+        return LLM(model or self.model, numerics=OFFICIAL, tokenizer=self.tokenizer, **options)
+
+    def problems(self, distance: int = NEAR) -> dict[str, list[Problem]]:
+        """Those of the tasks that fit a short text, by task."""
+        tasks = {task: list(short(task, self.rows, self.level, _SEED)) for task in SHORT}
+        return tasks | {f"recall_{distance}": list(recall(distance, self.rows, _SEED))}
+
+    def exact(self) -> dict[str, float]:
+        """The share of right answers, by task."""
+        llm = self.serve(max_len=_ROOM)
+        return {task: share(ask(llm, each), each) for task, each in self.problems().items()}
+
+    def recall(self, distances: Sequence[int], rows: int) -> dict[str, float]:
+        """The share of facts found at so many tokens, by distance."""
+        found = {}
+        for distance in distances:
+            problems = list(recall(distance, rows, _SEED))
+            llm = self.serve(max_len=2 * distance, max_batch=4)
+            found[str(distance)] = share(ask(llm, problems), problems)
+        return found
+
+    def recall_by_random_choice(self, distances: Sequence[int], rows: int) -> dict[str, float]:
+        """As `recall`, of entries drawn at random in place of those that the indexer chooses."""
+        with faults.random_choice():
+            return self.recall(distances, rows)
+
+    def drafts(self) -> dict[str, Any]:
+        """Of each number of drafts and task: tokens a step, drafts that stood by position, and speed.
+
+        Speed is tokens a second of one text at a time, beside that without drafts; compiling is left out.
+        """
+        found: dict[str, Any] = {}
+        plain: dict[str, list[GenerationOutput]] = {}
+        for drafts in (0, *DRAFTS):
+            llm = self.serve(max_len=_ROOM, max_batch=1, draft_tokens=drafts, invariant=True)
+            scores = found[str(drafts)] = {}
+            for task, problems in self.problems().items():
+                if task not in plain:
+                    plain[task] = ask(llm, problems)
+                ask(llm, problems[:1])  # compiles
+                started = time.perf_counter()
+                outputs = ask(llm, problems)
+                speed = sum(len(each.token_ids) for each in outputs) / (time.perf_counter() - started)
+                scores[task] = {"tokens_a_second": round(speed, 1)}
+                if drafts:
+                    steps = sum(each.draft_steps for each in outputs)
+                    at = np.sum([each.accepted_at for each in outputs if each.accepted_at], axis=0) / steps
+                    same = all(a.token_ids == b.token_ids for a, b in zip(outputs, plain[task], strict=True))
+                    scores[task] |= {
+                        "tokens_a_step": round(1 + float(at.sum()), 3),
+                        "by_position": np.round(at, 3).tolist(),
+                        "speed_up": round(speed / found["0"][task]["tokens_a_second"], 2),
+                        "same_tokens": same,
+                    }
+        return found
+
+    def loss(self, model: LoadedModel | None = None) -> float:
+        """Nats a token of new texts, half of them facts, as the released model reads them."""
+        texts = [(row, 1) for row in self._texts().tolist()]
+        llm = self.serve(model=model, max_len=_TOKENS)
+        return float(np.mean([each.logprobs for _, each in likelihoods(llm, texts)])) * -1
+
+    def loss_unquantised(self, masters: Weights) -> float:
+        """`loss` of the float32 weights that were quantised, in float32 arithmetic."""
+        ids = jnp.asarray(self._texts())
+        setting = Setting(self.model.config, PLAIN, choose=True)
+        logits = jax.jit(lambda ids: forward(ids, masters, setting)[0])(ids)
+        nats = jax.nn.log_softmax(logits[:, :-1])
+        return -float(jnp.take_along_axis(nats, ids[:, 1:, None], -1).mean())
+
+    def with_faults(self) -> dict[str, dict[str, float]]:
+        """`exact` and `loss`, by the fault that is planted."""
+        found = {}
+        for name, planted in faults.PLANTED.items():
+            with planted():
+                found[name] = self.exact() | {"loss": self.loss()}
+        whole, self.model = self.model, faults.scale_bytes_shifted(self.model)
+        found["scale bytes shifted"] = self.exact() | {"loss": self.loss()}
+        self.model = whole
+        return found
+
+    def _texts(self) -> np.ndarray:
+        make = jax.jit(lambda key: data.batch(key, _TEXTS, _TOKENS, 0.5, self.level)[0])
+        return np.asarray(make(jax.random.key(2**31 + _SEED)))
+
+
+def ask(llm: LLM, problems: Sequence[Problem]) -> list[GenerationOutput]:
+    """Greedy answers."""
+    sampling = [
+        SamplingParams(temperature=0.0, max_tokens=each.max_tokens, stop=(STOP,)) for each in problems
+    ]
+    return llm.generate([each.prompt for each in problems], sampling)
+
+
+def share(outputs: Sequence[GenerationOutput], problems: Sequence[Problem]) -> float:
+    """Of answers that are the right ones, letter for letter but for space around them."""
+    right = [
+        (each.text or "").strip() == problem.target for each, problem in zip(outputs, problems, strict=True)
+    ]
+    return float(np.mean(right))
