@@ -87,8 +87,8 @@ def card(scores: Mapping[str, Any], curve: list[dict[str, Any]], config: Config,
         head = [f"{name}, {k} drafts" for k in DRAFTS for name in ("tokens a step", "speed-up")]
         text += [
             "## Drafts of the MTP head",
-            f"One text at a time on {scores['measured']['drafts']['device']}. The tokens are"
-            f" {'those' if same else 'NOT those'} without drafts.",
+            f"One text at a time on {scores['measured']['drafts']['device']}. With"
+            f" `invariant` the tokens are {'those' if same else 'NOT those'} without drafts.",
             table(["task", "tokens/s without", *head], rows),
         ]
     if loss:
