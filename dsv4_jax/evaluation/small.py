@@ -77,7 +77,7 @@ class Small:
         found: dict[str, Any] = {}
         plain: dict[str, list[list[int]]] = {}
         for drafts in (0, *DRAFTS):
-            options = {"max_len": _ROOM, "max_batch": 1, "draft_tokens": drafts}
+            options: dict[str, Any] = {"max_len": _ROOM, "max_batch": 1, "draft_tokens": drafts}
             llm, invariant = self.serve(**options), self.serve(**options, invariant=True)
             scores = found[str(drafts)] = {}
             for task, problems in self.problems().items():

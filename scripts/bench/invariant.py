@@ -3,8 +3,8 @@
 
 For each number of slots two engines answer the same prompts, with and without drafts. They must agree in each
 bit of tokens and logprobs, with each other and with prompts that are asked alone. `generate` is held to the
-same with the first number of slots. All compiles at once, in threads. `decode.py --modes invariant` times what
-it costs. On one GPU:
+same with the first number of slots. All compiles at once, in threads. `decode.py --modes invariant` times
+what it costs. On one GPU:
 
   python scripts/bench/invariant.py --slots 1 8
 
