@@ -6,6 +6,7 @@ code 9 if the sanitizer found something, pytest's own if a test failed, 5 if non
 
   python scripts/bench/sanitize.py
   python scripts/bench/sanitize.py --plant    a kernel that writes past its output: must exit with 9
+  python scripts/bench/sanitize.py --plant --allocator cuda_async
   python scripts/bench/sanitize.py --tool racecheck --match "tokens=17" tests/kernels/test_expert_mlp.py
   python scripts/bench/sanitize.py --dry      no sanitizer and no GPU: only lists the tests
 """
@@ -33,8 +34,9 @@ ROOT = Path(__file__).resolve().parents[2]
 EDGES = r"tokens=(0|1|3|17|129)\b|edge|empty|no_token|nothing|odd|ragged"
 FOUND = 9
 
+# Both ask the driver for each buffer; how large a piece the sanitizer then takes as allocated is theirs.
+ALLOCATORS = "platform", "cuda_async"
 ENVIRONMENT = {
-    "XLA_PYTHON_CLIENT_ALLOCATOR": "platform",  # each buffer by a call of the driver's, none out of a pool
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     # Autotuning runs products many times; graphs hide which kernel was at fault.
     "XLA_FLAGS": "--xla_gpu_autotune_level=0 --xla_gpu_enable_command_buffer=",
@@ -45,7 +47,7 @@ ENVIRONMENT = {
 def _past_its_end(out, SIZE: tl.constexpr):
     place = tl.arange(0, SIZE)
     tl.store(out + place, place)
-    tl.store(out + 64 * SIZE + place, place)
+    tl.store(out + SIZE + place, place)
 
 
 class Edges:
@@ -80,6 +82,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=100, help="start no further test after so long")
     parser.add_argument("--dry", action="store_true", help="only list the tests")
     parser.add_argument("--plant", action="store_true", help="run a faulty kernel in place of the tests")
+    parser.add_argument("--allocator", choices=ALLOCATORS, default=ALLOCATORS[0], help="of JAX's arrays")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.inside and arguments.plant:
@@ -100,7 +103,8 @@ def main() -> int:
     command = [*sanitizer, sys.executable, __file__, "--inside", *sys.argv[1:]]
     flags = f"{ENVIRONMENT['XLA_FLAGS']} {os.environ.get('XLA_FLAGS', '')}"
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | ENVIRONMENT | {"XLA_FLAGS": flags, "PYTHONPATH": path}
+    chosen = {"XLA_PYTHON_CLIENT_ALLOCATOR": arguments.allocator, "XLA_FLAGS": flags, "PYTHONPATH": path}
+    environment = os.environ | ENVIRONMENT | chosen
     return subprocess.run(command, env=environment, cwd=ROOT).returncode
 
 
