@@ -215,6 +215,21 @@ def test_a_step_with_drafts_is_measured_with_more_and_fewer_layers(decode, tmp_p
     assert "5 layers decode step B=3 ctx=1M: left out, takes" in capsys.readouterr().out
 
 
+def test_a_layer_costs_what_a_model_without_it_does_not_take(decode, tmp_path):
+    rows = run_tiny(
+        decode, tmp_path, "--cases", "prefill 40", "--layers-of-each", "1", "--piece", "16", "--kinds", "HCA"
+    )
+
+    assert [(row["id"], row.get("piece")) for row in rows] == [
+        ("tiny 3 layers prefill 40", 16),
+        ("layer tiny HCA prefill 40", 16),
+    ]
+    whole, layer = rows
+    assert layer["us"] < whole["us"]
+    assert 0 < layer["floor_us"] < whole["floor_us"]
+
+
+@pytest.mark.slow
 def test_a_prefill_is_read_in_pieces_in_each_mode(decode, tmp_path):
     piece, modes = ["--piece", "16"], ["--modes", "default", "concurrent"]
 

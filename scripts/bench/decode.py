@@ -15,6 +15,8 @@ costs the same; a row gives the tokens per second if none stands and if all do.
 Modes: "default"; "invariant" takes steps as engines of that name do; "concurrent" lets kernels of a CUDA
 graph that do not need each other run side by side, and must give the bits of "default".
 
+Layers (`--kinds`): one of each kind costs what the model does not take that lacks the last one of them.
+
 A case that does not fit is named and left out. Everything is compiled before anything is timed. On one H200:
 
   python scripts/bench/decode.py --results scripts/bench/results/h200.json
@@ -24,6 +26,7 @@ A case that does not fit is named and left out. Everything is compiled before an
   python scripts/bench/decode.py --cases "decode B="{1,8,32,128}" ctx=4k" --modes default invariant
   python scripts/bench/decode.py --cases "decode B="{1,32}" ctx=32k" --modes default concurrent
   python scripts/bench/decode.py --cases "prefill 4k" --piece 4096
+  python scripts/bench/decode.py --cases "decode B="{1,8,32,128}" ctx=32k" --kinds SWA CSA HCA
   python scripts/bench/decode.py --model pro --layers-of-each 3 --cases "decode B=1 ctx=32k"
 
 Without a GPU `--model tiny --cases "decode B=2 ctx=64 k=1"` tries it out.
@@ -36,7 +39,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -49,7 +52,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from floors import Reads, step_us
+from floors import Reads, layer_us, step_us
 from harness import facts, median_us, save
 from made_up import made_up_like, made_up_params
 from profile_kernels import kernel_times, print_kernel_times
@@ -65,6 +68,7 @@ from dsv4_jax.sampling import SamplingArrays, SamplingParams
 from pallas_kernels.dispatch import choose
 
 FEW = 2  # layers of each kind of the smaller model
+KINDS = {"SWA": 0, "CSA": 4, "HCA": 128}  # compress_ratios
 MODES = ("default", "invariant", "concurrent")
 CONCURRENT = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
 CASES = ("decode B=1 ctx=32k", "decode B=32 ctx=32k", "decode B=128 ctx=32k", "prefill 4k")
@@ -113,6 +117,10 @@ class Case:
         return f"decode step {self._size}" if self.mode == "decode" else f"prefill {self._size}"
 
     @property
+    def of_layer(self) -> str:
+        return f"{self.mode} {self._size}"
+
+    @property
     def reads(self) -> Reads:
         if self.mode == "prefill":
             return Reads(1, self.context, 0)
@@ -153,6 +161,20 @@ class Model:
         layers = {place: self.params["layers"][place] for place in range(config.num_hidden_layers)}
         return dataclasses.replace(self, config=config, params=self.params | {"layers": layers})
 
+    def without(self, kind: str) -> Self:
+        """But for its last layer of a kind."""
+        ratios = self.config.main_ratios
+        last = max(place for place, ratio in enumerate(ratios) if ratio == KINDS[kind])
+        kept = [place for place in range(len(ratios)) if place != last]
+        config = dataclasses.replace(
+            self.config,
+            num_hidden_layers=len(kept),
+            compress_ratios=(*(ratios[place] for place in kept), *self.config.compress_ratios[len(ratios) :]),
+            num_hash_layers=sum(place < self.config.num_hash_layers for place in kept),
+        )
+        layers = {place: self.params["layers"][old] for place, old in enumerate(kept)}
+        return dataclasses.replace(self, config=config, params=self.params | {"layers": layers})
+
 
 def few_layers(whole: Config, of_each: int) -> Config:
     """The first `of_each` layers of each kind, as many as there are, in the order in which they stand."""
@@ -179,6 +201,7 @@ class Work:
       calls: of `advance`, that make one run: the pieces of a prefill.
       steps: decode steps that a run takes.
       finish: makes a run's last result into its logits; None: that is all.
+      lacks: the kind of which the model has one layer less than the one that is measured.
     """
 
     case: Case
@@ -190,21 +213,32 @@ class Work:
     calls: int = 1
     steps: int = 1
     finish: Callable[[Any, Any], Any] | None = None
+    lacks: str = ""
 
     @property
     def name(self) -> str:
         mode = "" if self.mode == "default" else f", {self.mode}"
-        return f"{self.config.num_hidden_layers} layers {self.case.of_model}{mode}"
+        lacks = f" (one {self.lacks} less)" if self.lacks else ""
+        return f"{self.config.num_hidden_layers} layers{lacks} {self.case.of_model}{mode}"
 
 
-def works(model: Model, case: Case, piece: int, count: int, mode: str = "default") -> list[Work]:
-    """The model, and the smaller one if it is one; decoding, `count` steps at once."""
-    models = [model]
+def works(
+    model: Model, case: Case, piece: int, count: int, mode: str = "default", kinds: Sequence[str] = ()
+) -> list[Work]:
+    """The model, the smaller one if it is one, those that lack a layer; decoding, `count` steps at once."""
+    models = {"": [model]}
     if model.config.num_hidden_layers > few_layers(model.whole, FEW).num_hidden_layers:
-        models.append(model.smaller())
-    if case.mode == "decode":
-        return [_decode_steps(each, case, mode, count) for each in models]
-    return [_prefill(each, case, mode, piece) for each in models]
+        models[""].append(model.smaller())
+    models |= {kind: [model.without(kind)] for kind in kinds}
+    decodes = case.mode == "decode"
+    return [
+        dataclasses.replace(
+            _decode_steps(each, case, mode, count) if decodes else _prefill(each, case, mode, piece),
+            lacks=kind,
+        )
+        for kind, those in models.items()
+        for each in those
+    ]
 
 
 def _decode_steps(model: Model, case: Case, mode: str, count: int) -> Work:
@@ -418,6 +452,16 @@ def model_row(model: Model, config: Config, case: Case, found: dict[str, float])
     return row
 
 
+def layer_row(
+    model: Model, case: Case, kind: str, found: dict[str, float], without: dict[str, float]
+) -> dict[str, Any]:
+    """A layer of a kind: what the model takes beyond the one that lacks it."""
+    name = "" if model.name == "flash" else f"{model.name} "
+    each = {name: found[name] - without[name] for name in ("us", "us_kernels", "launches")}
+    floor = layer_us(model.config, KINDS[kind], case.reads)
+    return {"id": f"layer {name}{kind} {case.of_layer}"} | each | {"floor_us": floor}
+
+
 def scaled(model: Model, found: dict[str, float], fewer: dict[str, float]) -> tuple[dict[str, float], str]:
     """All layers of the released model, and in words how that follows from those measured."""
     layers, few = model.config.num_hidden_layers, few_layers(model.whole, FEW).num_hidden_layers
@@ -478,7 +522,7 @@ def measure_case(
     Args:
       first: what programs of the default mode gave; filled here.
     """
-    rows, wrong = [], 0
+    rows, layers, whole, wrong = [], [], {}, 0
     for work, future in jobs:
         try:
             prepared = future.result()
@@ -495,6 +539,12 @@ def measure_case(
             wrong += 1
             print(f"{work.name}: {type(error).__name__} {str(error)[:300]}", flush=True)
             continue
+        if work.lacks:
+            if whole:
+                layers.append(layer_row(model, case, work.lacks, whole, found))
+                print(shown(layers[-1]), flush=True)
+            continue
+        whole = whole if rows else found
         seconds = {"trace_s": prepared.trace_s, "compile_s": prepared.compile_s}
         rows.append(model_row(model, work.config, case, found | seconds))
         print(f"{shown(rows[-1])}\n  {prepared}, first run {found['first_run_s']:.1f} s", flush=True)
@@ -502,7 +552,7 @@ def measure_case(
         total, words = scaled(model, *rows)
         rows.append(model_row(model, model.whole, case, total) | {"scaled": words})
         print(f"{shown(rows[-1])}\n  {words}", flush=True)
-    return rows, wrong
+    return rows + layers, wrong
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -528,6 +578,7 @@ def main(arguments: list[str] | None = None) -> int:
                 min(options.piece, case.context),
                 options.steps_at_once,
                 mode,
+                options.kinds,
             )
             if budget.fits(work, planned_bytes(work))
         ]
@@ -560,6 +611,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--steps-at-once", type=int, default=STEPS_ON_GPU, help="decode steps of one program")
     parser.add_argument("--modes", choices=MODES, nargs="+", default=MODES[:1], help="see above")
+    parser.add_argument("--kinds", choices=KINDS, nargs="+", default=[], help="of layers; see above")
     parser.add_argument("--implementation", help="as the command line's option; by default the fastest")
     parser.add_argument("--seconds", type=float, default=300, help="begin no new case after so long")
     parser.add_argument(
