@@ -1,0 +1,52 @@
+"""The small model that is in the repository answers as well as its scores say."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dsv4_jax.evaluation.small import Small
+from dsv4_jax.train.data import Level
+
+FOLDER = Path(__file__).parents[2] / "models/small"
+ROWS = 50
+SLACK = 0.06  # three of the rows: a machine that rounds sums otherwise may answer otherwise
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not FOLDER.exists(), reason="models/small: no trained model is in the repository yet"),
+]
+
+
+@pytest.fixture(scope="module")
+def scores():
+    return json.loads((FOLDER / "scores.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def small(scores):
+    return Small(FOLDER, rows=ROWS, level=Level(**scores["level"]))
+
+
+def test_it_answers_as_well_as_its_scores_say(small, scores):
+    for task, share in small.exact().items():
+        assert share >= scores["exact"][task] - SLACK, task
+
+
+def test_its_loss_is_the_one_in_its_scores(small, scores):
+    assert small.loss() == pytest.approx(scores["loss"]["quantised"], rel=5e-3)
+
+
+def test_it_finds_far_facts_and_finds_them_by_its_indexer(small, scores):
+    far = max(scores["recall"], key=int)
+
+    assert small.recall([int(far)], rows=10)[far] >= scores["recall"][far] - 0.2  # two of ten
+    assert small.recall_by_random_choice([int(far)], rows=10)[far] <= 0.3
+
+
+def test_its_drafts_are_accepted_and_change_no_token(small, scores):
+    for drafts, tasks in small.drafts().items():
+        for task, found in tasks.items():
+            if drafts != "0":
+                assert found["same_tokens"], task
+                assert found["tokens_a_step"] >= scores["drafts"][drafts][task]["tokens_a_step"] - 0.15, task
