@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Trains the small model and writes it as a checkpoint in the official format.
 
-python scripts/train_small/train.py build/small models/small                  on a GPU, for 7 minutes
+python scripts/train_small/train.py build/small models/small                  on a GPU, for 14 minutes
 python scripts/train_small/train.py build/small models/small --cpu --seconds 86400
 
 A run that was killed goes on with the same command. Needs the extra `train`.
@@ -24,9 +24,9 @@ from dsv4_jax.train.small import SMALL
 from dsv4_jax.train.step import Phase
 
 PHASES = (
-    Phase(share=0.62, rows=64, tokens=512, recall=0.375, level=Level(), choose=False),
-    Phase(share=0.20, rows=16, tokens=2048, recall=0.5, level=Level(), choose=True),
-    Phase(share=0.18, rows=4, tokens=8192, recall=0.75, level=Level(), choose=True),
+    Phase(share=0.42, rows=64, tokens=512, recall=0.5, level=Level(), choose=False),
+    Phase(share=0.26, rows=16, tokens=2048, recall=0.625, level=Level(), choose=True),
+    Phase(share=0.32, rows=4, tokens=8192, recall=0.75, level=Level(), choose=True),
 )
 CPU_PHASES = (Phase(share=1, rows=12, tokens=128, recall=0.5, level=Level(items=6), choose=False),)
 TOKENS = 3e8  # that a run is meant to see
@@ -39,7 +39,7 @@ def main() -> int:
     )
     parser.add_argument("run", type=Path, help="states and the loss curve go here")
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--seconds", type=float, default=420, help="of training, compiling included")
+    parser.add_argument("--seconds", type=float, default=840, help="of training, compiling included")
     parser.add_argument("--peak", type=float, default=2e-3, help="the largest learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cpu", action="store_true", help="train on the CPU, on short texts")
