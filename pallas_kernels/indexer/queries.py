@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32
 
+from pallas_kernels.formats import e4m3_encode
+
 GROUP = 32  # channels that a scale of `fp4_group32` is for, and those of one product of Hopper's tensor core
 HIGHEST = 7  # the exponent that the largest number of a head is brought to: below 2^8, and 448 is most
 LOWEST = 8  # of a float32's exponent field; below, a head is not brought up all the way
@@ -59,7 +61,7 @@ def tile_queries(
     exponent = jnp.maximum(bits >> 23, LOWEST)
     inverse, power = (_power_of_two(each) for each in (254 + HIGHEST - exponent, exponent - HIGHEST))
     values = (wide * inverse[..., None])[..., channel_order(channels)]
-    return TiledQueries(values.astype(jnp.float8_e4m3fn)), weights * power
+    return TiledQueries(e4m3_encode(values)), weights * power
 
 
 def untile_queries(q: TiledQueries) -> Float32[Array, "*B I J"]:

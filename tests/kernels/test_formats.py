@@ -358,7 +358,16 @@ def test_exact_dtype_is_float32_where_scales_are():
 
 
 @pytest.mark.parametrize("format", ["fp8_token128", "fp8_block64", "fp4_group32"])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param(jnp.float32, id="float32"),
+        pytest.param(jnp.bfloat16, id="bfloat16"),
+        # XLA leaves out casts to FP8 and back there
+        pytest.param(jnp.float32, id="float32 on a GPU", marks=pytest.mark.gpu),
+        pytest.param(jnp.bfloat16, id="bfloat16 on a GPU", marks=pytest.mark.gpu),
+    ],
+)
 def test_fake_quantisation_is_a_round_trip_in_the_dtype_of_its_input(format, dtype):
     x = jnp.asarray(random_numbers((3, 5, 160)), dtype)
 
