@@ -145,8 +145,8 @@ def _spread(scale: jax.Array, shape: tuple[int, ...], block: tuple[int, int]) ->
 def e4m3_encode(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """The nearest float8_e4m3fn, ties to the even code; `x` within +-448, or NaN.
 
-    It is rounded before it is cast: XLA takes casts to a narrow type and back for excess precision, and on GPUs
-    leaves both out.
+    It is rounded before it is cast: on GPUs XLA leaves out casts to a narrow type and back, if told nothing
+    else (`xla_allow_excess_precision`).
     """
     smallest, quantum = 2.0**-6, 2.0**-9  # of numbers with four bits, and of those below
     rounded = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=3)

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Runs the kernels' GPU tests at their edges under compute-sanitizer: accesses out of bounds, or races.
 
-Every array is an allocation of its own here, so that a kernel that leaves one leaves what is allocated. Kernels
-that XLA makes are left out: one of its scatters reads the byte behind an array. Exit code 9 if the sanitizer
-found something, pytest's own if a test failed, 5 if none ran.
+Every array is an allocation of its own here, so that a kernel that leaves one leaves what is allocated.
+Kernels that XLA makes are left out: one of its scatters reads the bytes behind an array. Exit code 9 if the
+sanitizer found something, pytest's own if a test failed, 5 if none ran.
 
   python scripts/bench/sanitize.py
   python scripts/bench/sanitize.py --plant    a kernel that writes past its output: must exit with 9
