@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,31 @@ DRAFTS = 1, 3
 _SEED = 1  # of problems; training has others
 _TEXTS, _TOKENS = 16, 512  # whose loss is taken
 _ROOM = 256  # tokens of a short problem and its answer
+
+
+class Timed(NamedTuple):
+    """Problems, what was answered, and in how long; compiling is left out."""
+
+    problems: Sequence[Problem]
+    outputs: Sequence[GenerationOutput]
+    seconds: float
+
+    @property
+    def tokens(self) -> list[list[int]]:
+        return [each.token_ids for each in self.outputs]
+
+    @property
+    def tokens_a_second(self) -> float:
+        return sum(map(len, self.tokens)) / self.seconds
+
+    def scores(self) -> dict[str, Any]:
+        """Speed; and if there were drafts: tokens a step, and the share that stood by position."""
+        speed = {"tokens_a_second": round(self.tokens_a_second, 1)}
+        if not (steps := sum(each.draft_steps for each in self.outputs)):
+            return speed
+        stood = np.sum([each.accepted_at for each in self.outputs if each.accepted_at], axis=0) / steps
+        by_position = np.round(stood, 3).tolist()
+        return speed | {"tokens_a_step": round(1 + float(stood.sum()), 3), "by_position": by_position}
 
 
 class Small:
@@ -56,49 +81,44 @@ class Small:
 
     def recall(self, distances: Sequence[int], rows: int) -> dict[str, float]:
         """The share of facts found at so many tokens, by distance."""
-        found = {}
-        for distance in distances:
-            problems = list(recall(distance, rows, _SEED))
-            llm = self.serve(max_len=2 * distance, max_batch=4)
-            found[str(distance)] = share(ask(llm, problems), problems)
-        return found
+        llm = self.serve(max_len=max(distances) + _ROOM, max_batch=4)
+        problems = {str(distance): list(recall(distance, rows, _SEED)) for distance in distances}
+        return {distance: share(ask(llm, each), each) for distance, each in problems.items()}
 
     def recall_by_random_choice(self, distances: Sequence[int], rows: int) -> dict[str, float]:
         """As `recall`, of entries drawn at random in place of those that the indexer chooses."""
         with faults.random_choice():
             return self.recall(distances, rows)
 
+    def alone(self, drafts: int, **options: Any) -> dict[str, Timed]:
+        """The problems of short texts, one at a time with so many drafts a step, by task."""
+        llm = self.serve(max_len=_ROOM, max_batch=1, draft_tokens=drafts, **options)
+        found = {}
+        for task, problems in self.problems().items():
+            ask(llm, problems[:1])  # compiles
+            started = time.perf_counter()
+            outputs = ask(llm, problems)
+            found[task] = Timed(problems, outputs, time.perf_counter() - started)
+        return found
+
     def drafts(self) -> dict[str, Any]:
         """Of each number of drafts and task: tokens a step, drafts that stood by position, and speed.
 
-        Speed is tokens a second of one text at a time, beside that without drafts; compiling is left out.
         Whether the tokens are those without drafts is asked with `invariant`, as no rounding may decide it.
         """
-        found: dict[str, Any] = {}
-        plain: dict[str, list[list[int]]] = {}
-        for drafts in (0, *DRAFTS):
-            options: dict[str, Any] = {"max_len": _ROOM, "max_batch": 1, "draft_tokens": drafts}
-            llm, invariant = self.serve(**options), self.serve(**options, invariant=True)
-            scores = found[str(drafts)] = {}
-            for task, problems in self.problems().items():
-                tokens = [each.token_ids for each in ask(invariant, problems)]
-                ask(llm, problems[:1])  # compiles
-                started = time.perf_counter()
-                outputs = ask(llm, problems)
-                speed = sum(len(each.token_ids) for each in outputs) / (time.perf_counter() - started)
-                scores[task] = {"tokens_a_second": round(speed, 1)}
-                if drafts:
-                    steps = sum(each.draft_steps for each in outputs)
-                    at = np.sum([each.accepted_at for each in outputs if each.accepted_at], axis=0) / steps
-                    scores[task] |= {
-                        "tokens_a_step": round(1 + float(at.sum()), 3),
-                        "by_position": np.round(at, 3).tolist(),
-                        "speed_up": round(speed / found["0"][task]["tokens_a_second"], 2),
-                        "same_tokens": tokens == plain[task],
-                    }
-                else:
-                    plain[task] = tokens
-        return found
+        timed = {drafts: self.alone(drafts) for drafts in (0, *DRAFTS)}
+        exact = {drafts: self.alone(drafts, invariant=True) for drafts in (0, *DRAFTS)}
+        return {
+            str(drafts): {
+                task: each.scores()
+                | {
+                    "speed_up": round(each.tokens_a_second / timed[0][task].tokens_a_second, 2),
+                    "same_tokens": exact[drafts][task].tokens == exact[0][task].tokens,
+                }
+                for task, each in tasks.items()
+            }
+            for drafts, tasks in timed.items()
+        }
 
     def loss(self, model: LoadedModel | None = None) -> float:
         """Nats a token of new texts, half of them facts, as the released model reads them."""

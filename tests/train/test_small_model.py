@@ -45,8 +45,9 @@ def test_it_finds_far_facts_and_finds_them_by_its_indexer(small, scores):
 
 
 def test_its_drafts_are_accepted_and_change_no_token(small, scores):
+    device = next(iter(scores["drafts"].values()))  # drafts stand alike on all
     for drafts, tasks in small.drafts().items():
         for task, found in tasks.items():
+            assert found["same_tokens"], task
             if drafts != "0":
-                assert found["same_tokens"], task
-                assert found["tokens_a_step"] >= scores["drafts"][drafts][task]["tokens_a_step"] - 0.15, task
+                assert found["tokens_a_step"] >= device[drafts][task]["tokens_a_step"] - 0.15, task
