@@ -89,7 +89,8 @@ def card(scores: Mapping[str, Any], curve: list[dict[str, Any]], config: Config,
         head = [f"{name}, {k} drafts" for k in DRAFTS for name in ("tokens a step", "speed-up")]
         text += [
             f"## Drafts of the MTP head, {device}",
-            f"One text at a time. With `invariant` the tokens are {'NOT ' * bool(unlike)}those without drafts.",
+            "One text at a time. With `invariant` the tokens are"
+            f" {'NOT ' * bool(unlike)}those without drafts.",
             table(["task", "tokens/s without", *head], rows),
         ]
     if loss:
