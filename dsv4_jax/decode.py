@@ -257,21 +257,26 @@ def step(
     return advance(models, requests, now, found, sequences.drafts.shape[1], eos_token_id, forced)
 
 
-def _with_loops_in_graphs() -> dict[str, str | int]:
-    """Options for `jax.jit` of programs that take `steps`: a GPU gets the loop as part of one graph.
+def _graphs() -> dict[str, str | int]:
+    """Compiler options by which a loop of steps is one CUDA graph, its kernels side by side where they may be.
 
     XLA's default asks the host at every turn whether to go on, which at small batches takes longer than the
-    turn. What the user's XLA_FLAGS say of graphs stays.
+    turn, and runs kernels one after the other, most of which fill a part of the chip only at small batches.
+    What the user's XLA_FLAGS say of graphs stays.
     """
     if "xla_gpu_enable_command_buffer" in os.environ.get("XLA_FLAGS", ""):
         return {}
     # All of XLA's default, for an option of a program cannot add to it, and the loop.
     kinds = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
-    # A loop with little around it would be too small for a graph, however much is in it.
-    return {"xla_gpu_enable_command_buffer": kinds, "xla_gpu_graph_min_graph_size": 1}
+    return {
+        "xla_gpu_enable_command_buffer": kinds,
+        # A loop with little around it would be too small for a graph, however much is in it.
+        "xla_gpu_graph_min_graph_size": 1,
+        "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
+    }
 
 
-LOOPS_IN_GRAPHS = _with_loops_in_graphs()
+GRAPHS = _graphs()
 
 
 def steps(

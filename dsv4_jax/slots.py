@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int32
 from dsv4_jax.cache import Cache, LayerCache
 from dsv4_jax.config import Config
 from dsv4_jax.decode import (
-    LOOPS_IN_GRAPHS,
+    GRAPHS,
     Added,
     Models,
     Read,
@@ -128,7 +128,7 @@ def begin(
     return on_all(set_row(nothing, added, slot)), set_row(sequences, begun, slot)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5, compiler_options=LOOPS_IN_GRAPHS)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5, compiler_options=GRAPHS)
 def take_steps(
     config: Config,
     numerics: Numerics,

@@ -231,7 +231,7 @@ def test_a_layer_costs_what_a_model_without_it_does_not_take(decode, tmp_path):
 
 @pytest.mark.slow
 def test_a_prefill_is_read_in_pieces_in_each_mode(decode, tmp_path):
-    piece, modes = ["--piece", "16"], ["--modes", "default", "concurrent"]
+    piece, modes = ["--piece", "16"], ["--modes", "default", "serialized"]
 
     rows = run_tiny(decode, tmp_path, "--cases", "prefill 40", "--layers-of-each", "1", *piece, *modes)
 

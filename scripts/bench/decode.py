@@ -12,8 +12,8 @@ token.
 Drafts: a step of k drafts reads 1 + k tokens a sequence and drafts k again. Made-up drafts never stand, which
 costs the same; a row gives the tokens per second if none stands and if all do.
 
-Modes: "default"; "invariant" takes steps as engines of that name do; "concurrent" lets kernels of a CUDA
-graph that do not need each other run side by side, and must give the bits of "default".
+Modes: "default"; "invariant" takes steps as engines of that name do; "serialized" lets no kernels of a CUDA
+graph run side by side, and must give the bits of "default".
 
 Layers (`--kinds`): one of each kind costs what the model does not take that lacks the last one of them.
 
@@ -24,7 +24,7 @@ A case that does not fit is named and left out. Everything is compiled before an
   python scripts/bench/decode.py --cases "decode B="{1,8}" ctx=32k k="{1,2,3} --profile
   python scripts/bench/decode.py --cases "decode B="{1,128}" ctx=1M" --layers-of-each 1
   python scripts/bench/decode.py --cases "decode B="{1,8,32,128}" ctx=4k" --modes default invariant
-  python scripts/bench/decode.py --cases "decode B="{1,32}" ctx=32k" --modes default concurrent
+  python scripts/bench/decode.py --cases "decode B="{1,32}" ctx=32k" --modes default serialized
   python scripts/bench/decode.py --cases "prefill 4k" --piece 4096
   python scripts/bench/decode.py --cases "decode B="{1,8,32,128}" ctx=32k" --kinds SWA CSA HCA
   python scripts/bench/decode.py --model pro --layers-of-each 3 --cases "decode B=1 ctx=32k"
@@ -59,7 +59,7 @@ from profile_kernels import kernel_times, print_kernel_times
 
 from dsv4_jax.cache import make_cache
 from dsv4_jax.config import PRESETS, Config
-from dsv4_jax.decode import LOOPS_IN_GRAPHS, MOST_DRAFTS, Caches, Models, Requests, Sequences, steps
+from dsv4_jax.decode import GRAPHS, MOST_DRAFTS, Caches, Models, Requests, Sequences, steps
 from dsv4_jax.engine import PIECES_ON_GPU, STEPS_ON_GPU
 from dsv4_jax.model import bind
 from dsv4_jax.mtp import bind_mtp, make_mtp_cache
@@ -69,8 +69,8 @@ from pallas_kernels.dispatch import choose
 
 FEW = 2  # layers of each kind of the smaller model
 KINDS = {"SWA": 0, "CSA": 4, "HCA": 128}  # compress_ratios
-MODES = ("default", "invariant", "concurrent")
-CONCURRENT = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
+MODES = ("default", "invariant", "serialized")
+SERIALIZED = {"xla_gpu_command_buffer_scheduling_mode": "SERIALIZE"}
 CASES = ("decode B=1 ctx=32k", "decode B=32 ctx=32k", "decode B=128 ctx=32k", "prefill 4k")
 STAGGER = 128  # sequences stand at so many different positions, so that not all complete an entry at once
 ROOM = 128  # tokens of the caches beyond the context: more than one program generates
@@ -355,7 +355,7 @@ class Prepared:
 
 def prepare(work: Work, implementation: str | None) -> Prepared:
     begin = time.perf_counter()
-    options = LOOPS_IN_GRAPHS | (CONCURRENT if work.mode == "concurrent" else {})
+    options = GRAPHS | (SERIALIZED if work.mode == "serialized" else {})
     with choose(implementation):  # of this thread
         shapes = jax.eval_shape(work.state)
         program = jax.jit(work.advance, donate_argnums=1, compiler_options=options)
@@ -533,7 +533,7 @@ def measure_case(
                 continue
             found, result = measure(work, prepared, profile)
             expected = first.setdefault((case, work.config), result)
-            if work.mode == "concurrent" and not np.array_equal(result, expected):
+            if work.mode == "serialized" and not np.array_equal(result, expected):
                 raise ArithmeticError("the bits are not those of the first mode")
         except Exception as error:  # one program's failure leaves the others their turn
             wrong += 1
