@@ -26,12 +26,6 @@ def _run_post_pre(*arguments):
     return triton.hc_post_pre(*arguments)
 
 
-def _run_post_pre_mosaic(*arguments):
-    from pallas_kernels.hyper_connection import mosaic
-
-    return mosaic.hc_post_pre(*arguments)
-
-
 def _run_head(*arguments):
     from pallas_kernels.hyper_connection import triton
 
@@ -66,15 +60,6 @@ def _post_pre_fits(target: Target, y, streams, post, comb, *of_pre) -> bool:
     return _post_fits(target, y, streams, post, comb) and _pre_fits(target, streams, *of_pre)
 
 
-def _post_pre_fits_mosaic(
-    target: Target, y, streams, post, comb, fn, scale, base, sinkhorn_iters, eps, norm_eps, norm_weight
-) -> bool:
-    """The streams of Flash, on Hopper."""
-    whole = (y, streams, post, comb, fn, scale, base, sinkhorn_iters, eps, norm_eps, norm_weight)
-    flash = streams.shape[-2:] == (4, 4096) and norm_weight is not None and sinkhorn_iters > 0
-    return target.arch == "sm_90" and flash and _post_pre_fits(target, *whole)
-
-
 def _head_fits(target: Target, streams, fn, scale, base, eps, norm_eps, norm_weight) -> bool:
     return _streams_fit(target, streams) and _float32(fn, scale, base) and _norm_fits(norm_weight)
 
@@ -88,7 +73,6 @@ POST = (
     Implementation("reference", reference.hc_post),
 )
 POST_PRE = (
-    Implementation("mosaic", _run_post_pre_mosaic, _post_pre_fits_mosaic, proven=False),
     Implementation("triton", _run_post_pre, _post_pre_fits),
     Implementation("reference", reference.hc_post_pre),
 )
