@@ -68,14 +68,12 @@ def _selection_fits(scores_fit, target: Target, q, keys, weights, visible, top_k
 HADAMARD = (Implementation("reference", reference.hadamard),)
 SCORES = (
     Implementation("mosaic", _scores_mosaic, fits=_scores_fit_mosaic),
-    Implementation("triton", _scores_triton, fits=_scores_fit, proven=False),
+    Implementation("triton", _scores_triton, fits=_scores_fit),
     Implementation("reference", reference.index_scores),
 )
 SELECT = (
     Implementation("mosaic", _select_mosaic, fits=functools.partial(_selection_fits, _scores_fit_mosaic)),
-    Implementation(
-        "triton", _select_triton, fits=functools.partial(_selection_fits, _scores_fit), proven=False
-    ),
+    Implementation("triton", _select_triton, fits=functools.partial(_selection_fits, _scores_fit)),
     Implementation("reference", reference.index_select),
 )
 

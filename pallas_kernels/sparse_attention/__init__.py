@@ -52,8 +52,11 @@ def _triton_fits(
     softmax_scale,
 ) -> bool:
     kvs = (window_kv,) if compressed_kv is None else (window_kv, compressed_kv)
+    # Float32 is to be exact, not to be fast: tiles are twice as large, products slow.
+    most_channels = {jnp.dtype(jnp.bfloat16): 512, jnp.dtype(jnp.float32): 128}.get(q.dtype, 0)
     return (
         target.vendor != "cpu"
+        and q.shape[-1] <= most_channels
         and q.shape[-1] in (16, 32, 64, 128, 256, 512)
         and all(kv.dtype == q.dtype and _pieces_fit(kv) for kv in kvs)
         and window_kv.size > 0
@@ -63,15 +66,6 @@ def _triton_fits(
         and isinstance(softmax_scale, float | int)  # it becomes part of the kernel
         and softmax_scale > 0
     )
-
-
-def _triton_fits_bfloat16(target: Target, q, *args) -> bool:
-    return q.dtype == jnp.bfloat16 and _triton_fits(target, q, *args)
-
-
-def _triton_fits_float32(target: Target, q, *args) -> bool:
-    # To be exact, not to be fast: tiles are twice as large, products slow.
-    return q.dtype == jnp.float32 and q.shape[-1] <= 128 and _triton_fits(target, q, *args)
 
 
 def _pieces_fit(kv: KeyValues) -> bool:
@@ -84,8 +78,7 @@ def _pieces_fit(kv: KeyValues) -> bool:
 
 IMPLEMENTATIONS = (
     Implementation("mosaic", _run_mosaic, fits=_mosaic_fits),
-    Implementation("triton", _run_triton, fits=_triton_fits_bfloat16),
-    Implementation("triton", _run_triton, fits=_triton_fits_float32, proven=False),
+    Implementation("triton", _run_triton, fits=_triton_fits),
     Implementation("reference", reference.sparse_attention),
 )
 

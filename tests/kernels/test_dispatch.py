@@ -264,7 +264,7 @@ def test_the_model_traces_what_is_chosen(on_mi350, tiny_fp4, shallow):
     assert {"_activation_quant"} < everything
     assert traced("reference") == set()
     assert traced("activation_quant=reference") == everything - {"_activation_quant"}
-    assert everything < traced("triton")  # with those that are not proven yet
+    assert traced("triton") == everything
 
 
 def test_a_model_runs_under_its_own_choice_and_leaves_none_behind(tiny_fp4, monkeypatch):

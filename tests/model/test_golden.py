@@ -95,7 +95,7 @@ def test_the_kernels_of_a_gpu_give_what_the_official_model_gives(checkpoint, loa
     loaded, inputs = golden.loaded, golden.expected
     names = [match[1] for key in inputs if (match := re.fullmatch(r"in/(greedy\d+)/prompt", key))]
 
-    with choose("triton"):  # what is not held against its definition in float32 yet, too
+    with choose("triton"):
         found = dump_outputs.plain(loaded, inputs, DECODE_STEPS)
         found |= dump_outputs.kvquant(loaded, inputs)
         found |= dump_outputs.greedy(loaded, {name: inputs[f"in/{name}/prompt"] for name in names})
