@@ -8,6 +8,7 @@ after the other inside one jitted program. All programs are compiled before one 
   python scripts/bench/expert_mlp.py --results scripts/bench/results/h200.json
   python scripts/bench/expert_mlp.py --check --tokens 1 3 17 127 129 1000   only whether it is right
   python scripts/bench/expert_mlp.py --profile   shows which kernels a call consists of
+  python scripts/bench/expert_mlp.py --weights fp8 --implementations triton   Mosaic takes FP4 only
   python scripts/bench/expert_mlp.py --implementations triton --tune --tiles-out tuned.json
 """
 

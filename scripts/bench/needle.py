@@ -50,6 +50,7 @@ from pallas_kernels.dispatch import choose
 CONTEXTS = ("1900", "3600", "5300", "7000", "27k", "84k", "256k", "1M")
 DEPTHS = (0.1, 0.5, 0.9, 1.0)
 RATIO, PIECE, AT_ONCE = 4, 4096, 8192  # tokens that the layer, that the oracle reads at once
+ROOMS = (2**13, 2**17, 2**20)  # tokens of the caches: contexts share them, and their programs
 ATTENTION = ("layers", 0, "attn")
 # Both round alike, but where a sum is off by its last bit an FP8 number of the caches may be its neighbour.
 MOST_ERROR = 2e-2
@@ -80,9 +81,11 @@ class Layer:
     max_len: int
 
     def __post_init__(self):
-        self.cache = LayerCache.zeros(
-            self.config, OFFICIAL, RATIO, batch=1, max_len=self.max_len + PIECE, max_draft=0
-        )
+        self.forget()
+
+    def forget(self) -> None:
+        max_len = self.max_len + PIECE
+        self.cache = LayerCache.zeros(self.config, OFFICIAL, RATIO, batch=1, max_len=max_len, max_draft=0)
 
     def compile(self, piece: int, implementation: str | None) -> None:
         x = {
@@ -307,6 +310,7 @@ def climb(layer: Layer, oracle: Oracle, context: int, piece: int) -> list[dict[s
         first, layer.cache = layer.read_piece(*arguments)
         return first
 
+    layer.forget()
     place = 0
     for rung in rungs(context):
         while place < rung:
@@ -325,6 +329,11 @@ def right(row: dict[str, Any]) -> bool:
     return max(row["decode"], row["prefill"]) <= MOST_ERROR and row["gap"] <= MOST_GAP
 
 
+def room(context: int) -> int:
+    """Tokens of the caches for it."""
+    return next((each for each in ROOMS if each >= context), context)
+
+
 def _number(text: str) -> int:
     unit = {"k": 2**10, "M": 2**20}.get(text[-1])
     return int(text[:-1]) * unit if unit else int(text)
@@ -338,7 +347,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--contexts", type=_number, nargs="+", default=[_number(each) for each in CONTEXTS])
     parser.add_argument("--piece", type=int, default=PIECE, help="tokens that are read at once")
     parser.add_argument("--implementation", help="as the command line's option; by default the fastest")
-    parser.add_argument("--seconds", type=float, default=120, help="begin no new context after so long")
+    parser.add_argument(
+        "--seconds", type=float, default=120, help="of reading, after which no new context is begun"
+    )
     parser.add_argument("--results", type=Path, help="JSON file to write rows to")
     options = parser.parse_args(arguments)
     begun = time.perf_counter()
@@ -351,7 +362,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     oracle = Oracle(config, raw, contexts[-1])
     with ThreadPoolExecutor() as pool:
-        layers = {context: Layer(config, laid_out, context) for context in contexts}
+        layers = {size: Layer(config, laid_out, size) for size in {*map(room, contexts)}}
         compiled = [
             pool.submit(layer.compile, options.piece, options.implementation) for layer in layers.values()
         ]
@@ -359,12 +370,12 @@ def main(arguments: list[str] | None = None) -> int:
             future.result()
     print(f"# compiled; {time.perf_counter() - begun:.0f} s", flush=True)
 
-    rows = []
+    begun, rows = time.perf_counter(), []
     for context in contexts:
         if time.perf_counter() - begun > options.seconds:
             print(f"{context}: left out, {time.perf_counter() - begun:.0f} s have passed", flush=True)
             continue
-        found = climb(layers.pop(context), oracle, context, options.piece)
+        found = climb(layers[room(context)], oracle, context, options.piece)
         for row in found:
             print(
                 f"{context:8} at {row['position']:8}: error {row['decode']:.1e} decode, {row['prefill']:.1e}"
