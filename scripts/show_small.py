@@ -1,41 +1,39 @@
 #!/usr/bin/env python3
-"""Shows what the small model knows: answers, its speed by drafts, facts found far back.
+"""Shows what the small model knows: answers, its speed with drafts and without, facts found far back.
 
 python scripts/show_small.py models/small
 """
 
 import argparse
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from dsv4_jax.evaluation.small import DRAFTS, NEAR, Small, Timed
+from dsv4_jax.evaluation.small import NEAR, Small, Timed, ask, share, timed
+from dsv4_jax.train.problems import recall
 
 SHOWN = 2  # problems of each task
+DRAFTS = 3
 DISTANCES = NEAR, 1000, 4000, 8000  # tokens
+ROOM = max(DISTANCES) + 256
+SEED = 1
 
 
-def right(timed: Timed) -> list[bool]:
-    answers = zip(timed.outputs, timed.problems, strict=True)
-    return [(output.text or "").strip() == problem.target for output, problem in answers]
+def show_answers(task: str, plain: Timed) -> None:
+    right = share(plain.outputs, plain.problems)
+    print(f"\n{task}: {right:.0%} of {len(plain.problems)} right")
+    for problem, output in list(zip(plain.problems, plain.outputs, strict=True))[:SHOWN]:
+        *_, asked = problem.prompt.partition(">")[2].splitlines()
+        print(f"  {asked.strip()} -> {(output.text or '').strip()}   (right: {problem.target})")
 
 
-def show_answers(tasks: dict[str, Timed]) -> None:
-    for task, timed in tasks.items():
-        print(f"\n{task}: {sum(right(timed))} of {len(timed.problems)} right")
-        shown = zip(timed.problems, timed.outputs, right(timed), strict=True)
-        for problem, output, is_right in list(shown)[:SHOWN]:
-            asked = problem.prompt.partition(">")[2].splitlines()[-1]
-            verdict = "right" if is_right else f"wrong: {problem.target}"
-            print(f"  {asked.strip()} -> {(output.text or '').strip()}   ({verdict})")
-
-
-def show_speed(by_drafts: dict[int, dict[str, Timed]]) -> None:
-    print("\none text at a time, tokens a second; drafts that stood by position")
-    for task, without in by_drafts[0].items():
-        line = f"  {task:12} without the MTP head {without.tokens_a_second:6.1f}"
-        for drafts in DRAFTS:
-            scores = by_drafts[drafts][task].scores()
-            line += f" | {drafts} drafts {scores['tokens_a_second']:6.1f} {scores['by_position']}"
-        print(line)
+def show_speed(task: str, plain: Timed, drafted: Timed) -> None:
+    scores, factor = drafted.scores(), drafted.tokens_a_second / plain.tokens_a_second
+    print(
+        f"  {task:12}{plain.tokens_a_second:6.1f} without, {drafted.tokens_a_second:6.1f} by {DRAFTS} drafts"
+        f" ({factor:.1f}x); {scores['tokens_a_step']:.2f} tokens a step, drafts that stood, by position:"
+        f" {scores['by_position']}"
+    )
 
 
 def main() -> None:
@@ -46,13 +44,23 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4, help="problems of each task and distance")
     arguments = parser.parse_args()
     small = Small(arguments.checkpoint, rows=arguments.rows)
-    by_drafts = {0: small.alone(0)}
-    show_answers(by_drafts[0])
-    by_drafts |= {drafts: small.alone(drafts) for drafts in DRAFTS}
-    show_speed(by_drafts)
-    print("\nfacts found so many tokens back, among as many others as fit between")
-    for distance, share in small.recall(DISTANCES, arguments.rows).items():
-        print(f"  {distance:>5}  {share:.0%} of {arguments.rows}")
+    tasks = small.problems()
+    llms = [small.serve(max_len=ROOM, max_batch=1, draft_tokens=drafts) for drafts in (0, DRAFTS)]
+    print("compiling", file=sys.stderr)
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda llm: ask(llm, [problems[0] for problems in tasks.values()]), llms))
+    plain, drafted = ({task: timed(llm, each) for task, each in tasks.items()} for llm in llms)
+    for task in tasks:
+        show_answers(task, plain[task])
+    print("\ntokens a second, one text at a time")
+    for task in tasks:
+        show_speed(task, plain[task], drafted[task])
+    print("\nfacts found so many tokens back")
+    for distance in DISTANCES:
+        problems = list(recall(distance, arguments.rows, SEED))
+        print(
+            f"  {distance:>5}  {share(ask(llms[0], problems), problems):.0%} of {len(problems)}", flush=True
+        )
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv4_jax.checkpoint.load import LoadedModel, load
+from dsv4_jax.compiles import count_compiles
 from dsv4_jax.evaluation import faults
 from dsv4_jax.evaluation.likelihood import likelihoods
 from dsv4_jax.llm import LLM, GenerationOutput
@@ -90,24 +92,26 @@ class Small:
         with faults.random_choice():
             return self.recall(distances, rows)
 
-    def alone(self, drafts: int, **options: Any) -> dict[str, Timed]:
-        """The problems of short texts, one at a time with so many drafts a step, by task."""
-        llm = self.serve(max_len=_ROOM, max_batch=1, draft_tokens=drafts, **options)
-        found = {}
-        for task, problems in self.problems().items():
-            ask(llm, problems[:1])  # compiles
-            started = time.perf_counter()
-            outputs = ask(llm, problems)
-            found[task] = Timed(problems, outputs, time.perf_counter() - started)
-        return found
+    def alone(self, counts: Sequence[int], **options: Any) -> dict[int, dict[str, Timed]]:
+        """The problems of short texts, one at a time, by the number of drafts a step and task."""
+        options |= {"max_len": _ROOM, "max_batch": 1}
+        llms = {drafts: self.serve(draft_tokens=drafts, **options) for drafts in counts}
+        tasks = self.problems()
+        firsts = [problems[0] for problems in tasks.values()]
+        with ThreadPoolExecutor() as pool:  # compiles them side by side
+            list(pool.map(lambda llm: ask(llm, firsts), llms.values()))
+        return {
+            drafts: {task: timed(llm, problems) for task, problems in tasks.items()}
+            for drafts, llm in llms.items()
+        }
 
     def drafts(self) -> dict[str, Any]:
         """Of each number of drafts and task: tokens a step, drafts that stood by position, and speed.
 
         Whether the tokens are those without drafts is asked with `invariant`, as no rounding may decide it.
         """
-        timed = {drafts: self.alone(drafts) for drafts in (0, *DRAFTS)}
-        exact = {drafts: self.alone(drafts, invariant=True) for drafts in (0, *DRAFTS)}
+        counts = 0, *DRAFTS
+        timed, exact = self.alone(counts), self.alone(counts, invariant=True)
         return {
             str(drafts): {
                 task: each.scores()
@@ -156,6 +160,13 @@ def ask(llm: LLM, problems: Sequence[Problem]) -> list[GenerationOutput]:
         SamplingParams(temperature=0.0, max_tokens=each.max_tokens, stop=(STOP,)) for each in problems
     ]
     return llm.generate([each.prompt for each in problems], sampling)
+
+
+def timed(llm: LLM, problems: Sequence[Problem]) -> Timed:
+    started = time.perf_counter()
+    with count_compiles() as compiles:
+        outputs = ask(llm, problems)
+    return Timed(problems, outputs, time.perf_counter() - started - compiles.seconds)
 
 
 def share(outputs: Sequence[GenerationOutput], problems: Sequence[Problem]) -> float:
