@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gc
 import importlib.util
 import json
 import os
@@ -45,6 +46,9 @@ def pytest_configure(config: pytest.Config) -> None:
     named = {flag.partition("=")[0] for flag in users.split()}
     added = [flag for flag in flags if flag.partition("=")[0] not in named]
     os.environ["XLA_FLAGS"] = " ".join([users, *added])
+    # Tracing makes many objects, few of them garbage, and programs need not say which lines they come from.
+    gc.set_threshold(100_000, 20, 20)
+    os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
     if gpu:
         return
     # In the environment too, for the commands that tests start. What the user says goes first.
