@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from architectures import COMPILED_ARCH
 
 from dsv4_jax.config import FLASH, PRO
 from dsv4_jax.nn.rope import Rotation, rope_frequencies
@@ -39,7 +40,6 @@ triton_call = pytest.importorskip("pallas_kernels.triton_call")
 
 F32, BF16, I32 = jnp.float32, jnp.bfloat16, jnp.int32
 H200, MI300, CPU = Target("cuda", "sm_90"), Target("rocm", "gfx942"), Target("cpu", "")
-EVERY_ARCH = ["sm_80", "sm_90", "sm_100", "gfx942", "gfx950"]
 EPS, PAIRS = FLASH.rms_norm_eps, FLASH.qk_rope_head_dim // 2
 HEAD_DIM, INDEX_DIM, LATENT = FLASH.head_dim, FLASH.index_head_dim, FLASH.q_lora_rank
 NUMERICS = pytest.mark.parametrize(
@@ -371,7 +371,7 @@ def compiled_for(monkeypatch, arch) -> str:
     return arch
 
 
-@pytest.mark.parametrize("arch", EVERY_ARCH)
+@COMPILED_ARCH
 @pytest.mark.parametrize("tokens", [1, 4096], ids="tokens={}".format)
 def test_the_kernels_compile_for(tokens, compiled_for):
     launches, arch = launches_of(tokens), compiled_for

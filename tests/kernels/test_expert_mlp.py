@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from architectures import COMPILED_ARCH
 
 from pallas_kernels import QuantArray, Target, dequantize, expert_mlp, prepare_experts, quantize
 from pallas_kernels.expert_mlp import IMPLEMENTATIONS
@@ -216,7 +217,7 @@ def launches_of(monkeypatch, arch: str, weights: str, activation: str | None, to
     return [launch for launch in found if launch.kernel.fn.__name__ in ("_gate_up", "_down")]
 
 
-@pytest.mark.parametrize("arch", list(INSTRUCTIONS))
+@COMPILED_ARCH
 @pytest.mark.parametrize("activation", ["fp8_token128", None], ids=["A8", "A16"])
 def test_the_kernels_compile_for(monkeypatch, arch, activation):
     found = launches_of(monkeypatch, arch, "FP4", activation)
