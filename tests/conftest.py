@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -192,6 +193,18 @@ def shallow(as_numbers: Callable[[LoadedModel], LoadedModel]) -> Callable[..., L
         return few if quantised else as_numbers(few)
 
     return cut
+
+
+@pytest.fixture(scope="session")
+def ending_with() -> Callable[[LoadedModel, int], LoadedModel]:
+    """Has a model write its end of sentence where it wrote another token; no program is another one."""
+
+    def swapped(loaded: LoadedModel, token: int) -> LoadedModel:
+        head, eos = loaded.params["head"]["weight"], loaded.config.eos_token_id
+        head = head.at[jnp.array([eos, token])].set(head[jnp.array([token, eos])])
+        return dataclasses.replace(loaded, params=loaded.params | {"head": {"weight": head}})
+
+    return swapped
 
 
 @pytest.fixture(scope="session")
