@@ -156,7 +156,7 @@ def test_a_prompt_that_is_cancelled_leaves_the_blocks_it_has_read(start):
     assert keeping.prefix_tokens == 3 * block_of(keeping)
 
 
-@pytest.mark.parametrize("blocks", [1, 3])
+@pytest.mark.parametrize("blocks", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_small_budget_is_kept_and_changes_no_answer(start, blocks):
     plain, keeping = start(0), start(blocks)
     kept = keeping._prefix

@@ -155,8 +155,12 @@ def test_launches_are_few(tokens):
 @COMPILED_ARCH
 @pytest.mark.parametrize(
     ("tokens", "channels"),
-    [(1, FLASH), (64, PRO), (512, FLASH), (8192, PRO)],
-    ids=["one token", "Pro, 64 tokens", "512 tokens", "Pro, 8192 tokens"],
+    [
+        pytest.param(1, FLASH, id="one token"),
+        pytest.param(64, PRO, id="Pro, 64 tokens", marks=pytest.mark.slow),
+        pytest.param(512, FLASH, id="512 tokens", marks=pytest.mark.slow),
+        pytest.param(8192, PRO, id="Pro, 8192 tokens"),
+    ],
 )
 def test_the_kernels_compile_for(tokens, channels, arch):
     for launch in {launch for each in launches_of(tokens, channels) for launch in each}:
