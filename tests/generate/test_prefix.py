@@ -25,7 +25,13 @@ Answer = tuple[list[int], list[float], int, str | None]
 Start = Callable[..., Engine]
 
 
-@pytest.fixture(scope="module", params=[(0, 128), (2, 32)], ids="k={0[0]} block={0[1]}".format)
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param((0, 128), id="k=0 block=128", marks=pytest.mark.slow),
+        pytest.param((2, 32), id="k=2 block=32"),
+    ],
+)
 def start(tiny_fp4, shallow, request) -> Start:
     """Makes engines of one shape. Blocks of 32 tokens end inside the entries of HCA, blocks of 128 do not."""
     draft_tokens, block = request.param
