@@ -161,8 +161,10 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def as_numbers() -> Callable[[LoadedModel], LoadedModel]:
     """Decodes all weights: bfloat16 holds them exactly, and programs without the decoding compile sooner."""
 
+    decode = jax.jit(dequantize, static_argnums=1)
+
     def decoded(leaf: Any) -> Any:
-        return dequantize(leaf, leaf.exact_dtype) if isinstance(leaf, QuantArray) else leaf
+        return decode(leaf, leaf.exact_dtype) if isinstance(leaf, QuantArray) else leaf
 
     def of(loaded: LoadedModel) -> LoadedModel:
         params, mtp_params = jax.tree.map(
