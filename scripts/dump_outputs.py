@@ -65,7 +65,8 @@ def plain(loaded: LoadedModel, inputs: dict[str, np.ndarray], steps: int) -> dic
     start, whole = jnp.zeros(batch, jnp.int32), jnp.full(batch, prompt, jnp.int32)
 
     cache = make_cache(config, PLAIN, batch=batch, max_len=room(total))
-    after, logits = _forward(config, params, ids[:, :prompt], start, cache)
+    whole_text, logits = _forward(config, params, ids, start, cache)
+    after, logits = [streams[:, :prompt] for streams in whole_text], logits[:, :prompt]
     out = {f"plain/block_out/{layer}": streams for layer, streams in enumerate(after)}
     out = {key: value[:, inputs["in/plain/block_out_positions"]] for key, value in out.items()}
     out["plain/final_stream"] = after[-1][..., ::16].astype(jnp.float16)
@@ -83,7 +84,7 @@ def plain(loaded: LoadedModel, inputs: dict[str, np.ndarray], steps: int) -> dic
     out["plain/decode_logits_row1"] = stepped[1][:, inputs["in/plain/decode_row1_token_ids"]]
     out["plain/decode_argmax"] = stepped.argmax(-1).astype(jnp.int16)
     if loaded.mtp_params is not None:
-        out |= _mtp(loaded, inputs, ids, prompt)
+        out |= _mtp(loaded, inputs, ids, prompt, whole_text[-1])
     return {key: np.asarray(value) for key, value in out.items()}
 
 
@@ -95,16 +96,14 @@ def _mtp_forward(config: Config, params, mtp_params, streams, next_ids, position
     return head.logits(model, streams), cache
 
 
-def _mtp(loaded: LoadedModel, inputs, ids: jax.Array, prompt: int) -> dict[str, jax.Array]:
+def _mtp(loaded: LoadedModel, inputs, ids: jax.Array, prompt: int, streams) -> dict[str, jax.Array]:
+    """Those of the head, from the main model's streams of all tokens."""
     config, steps = loaded.config, 4
     batch, total = ids.shape
     start = jnp.zeros(batch, jnp.int32)
-    cache = make_cache(config, PLAIN, batch=batch, max_len=room(total))
-    after, _ = _forward(config, loaded.params, ids, start, cache)
     run = functools.partial(_mtp_forward, config, loaded.params, loaded.mtp_params)
 
     window = make_mtp_cache(config, PLAIN, batch=batch, max_len=room(total))
-    streams = after[-1]
     logits, window = run(streams[:, :prompt], ids[:, 1 : prompt + 1], start, window)
     rows = []
     for position in range(prompt, prompt + steps):
@@ -125,18 +124,21 @@ def greedy(loaded: LoadedModel, prompts: dict[str, np.ndarray], tokens: int = 32
     if not prompts:
         return {}
     config, params = loaded.config, loaded.params
-    lengths = np.array([prompt.shape[1] for prompt in prompts.values()], np.int32)
-    batch, longest = len(prompts), int(lengths.max())
+    lengths = jnp.array([prompt.shape[1] for prompt in prompts.values()], jnp.int32)
+    batch, longest = len(prompts), max(int(lengths.max()), tokens - 1)
     ids = np.stack([np.pad(prompt[0], (0, longest - prompt.shape[1])) for prompt in prompts.values()])
     ids, max_len = jnp.asarray(ids, jnp.int32), room(longest + tokens)
     sampling = SamplingArrays.stack([SamplingParams(temperature=0.0)] * batch)
     requests = Requests(sampling, jnp.full(batch, tokens), jnp.zeros(batch, bool))
     written = generate(config, PLAIN, params, ids, lengths, requests, max_new=tokens, max_len=max_len).tokens
 
+    def read(*tokens_and_cache):  # placed, as results of calls are: so both calls are one program
+        return prefill(config, PLAIN, params, *jax.device_put(tokens_and_cache, jax.devices()[0]))
+
     cache = make_cache(config, PLAIN, batch=batch, max_len=max_len)
-    first, cache = prefill(config, PLAIN, params, ids, jnp.zeros_like(lengths), lengths, cache)
-    read = jnp.full(batch, tokens - 1)  # the last token is not read back
-    last, _ = prefill(config, PLAIN, params, written[:, :-1], lengths, read, cache)
+    first, cache = read(ids, jnp.zeros_like(lengths), lengths, cache)
+    again = jnp.zeros_like(ids).at[:, : tokens - 1].set(written[:, :-1])  # the last token is not read back
+    last, _ = read(again, lengths, jnp.full_like(lengths, tokens - 1), cache)
     out = {}
     for row, name in enumerate(prompts):
         out[f"{name}/tokens"] = written[row, None].astype(jnp.int16)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gc
 import importlib.util
 import json
 import os
@@ -12,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -45,6 +47,9 @@ def pytest_configure(config: pytest.Config) -> None:
     named = {flag.partition("=")[0] for flag in users.split()}
     added = [flag for flag in flags if flag.partition("=")[0] not in named]
     os.environ["XLA_FLAGS"] = " ".join([users, *added])
+    # Tracing makes many objects, few of them garbage, and programs need not say which lines they come from.
+    gc.set_threshold(100_000, 20, 20)
+    os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
     if gpu:
         return
     # In the environment too, for the commands that tests start. What the user says goes first.
@@ -156,8 +161,10 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def as_numbers() -> Callable[[LoadedModel], LoadedModel]:
     """Decodes all weights: bfloat16 holds them exactly, and programs without the decoding compile sooner."""
 
+    decode = jax.jit(dequantize, static_argnums=1)
+
     def decoded(leaf: Any) -> Any:
-        return dequantize(leaf, leaf.exact_dtype) if isinstance(leaf, QuantArray) else leaf
+        return decode(leaf, leaf.exact_dtype) if isinstance(leaf, QuantArray) else leaf
 
     def of(loaded: LoadedModel) -> LoadedModel:
         params, mtp_params = jax.tree.map(
@@ -188,6 +195,18 @@ def shallow(as_numbers: Callable[[LoadedModel], LoadedModel]) -> Callable[..., L
         return few if quantised else as_numbers(few)
 
     return cut
+
+
+@pytest.fixture(scope="session")
+def ending_with() -> Callable[[LoadedModel, int], LoadedModel]:
+    """Has a model write its end of sentence where it wrote another token; no program is another one."""
+
+    def swapped(loaded: LoadedModel, token: int) -> LoadedModel:
+        head, eos = loaded.params["head"]["weight"], loaded.config.eos_token_id
+        head = head.at[jnp.array([eos, token])].set(head[jnp.array([token, eos])])
+        return dataclasses.replace(loaded, params=loaded.params | {"head": {"weight": head}})
+
+    return swapped
 
 
 @pytest.fixture(scope="session")

@@ -226,10 +226,10 @@ def test_a_gpu_gets_fp8_experts_as_rows_too(tmp_path, monkeypatch):
     assert experts["w3"] is None
 
 
-def test_the_model_gives_the_same_on_parameters_laid_out_for_a_gpu(made_up, monkeypatch):
-    stored = load(made_up)
+def test_the_model_gives_the_same_on_parameters_laid_out_for_a_gpu(wide, monkeypatch):
+    stored = load(wide)
     monkeypatch.setattr(layouts, "current_target", lambda: Target("cuda", "sm_90"))
-    laid_out = load(made_up)
+    laid_out = load(wide)
     monkeypatch.undo()
     ids, zero, length = jnp.arange(7)[None], jnp.zeros(1, jnp.int32), jnp.full(1, 7)
 

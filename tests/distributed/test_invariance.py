@@ -94,7 +94,7 @@ def drafted_on_one_device(wide: Path) -> dict[str, np.ndarray]:
         pytest.param("tp", "1x1x4", id="everything in four, three blocks of experts among them"),
         pytest.param("context", "1x2x2", id="the text in four"),
         pytest.param("dp-attention", "1x4x2", id="tokens that travel to their experts"),
-        pytest.param("tp+ep", "2x2x2", id="all axes"),
+        pytest.param("tp+ep", "2x2x2", id="all axes", marks=pytest.mark.slow),  # quick with drafts, below
     ],
 )
 def test_a_mesh_gives_the_logits_and_greedy_tokens_of_one_device(rules, sizes, wide, on_one_device):

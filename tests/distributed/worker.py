@@ -59,7 +59,8 @@ def run(checkpoint: Path, folder: Path) -> dict[str, Any]:
     ]
     answer_to_file(llm, rows, requests_of(llm, rows, greedy), folder / "answers.jsonl", {"model": "wide"})
 
-    out = convert(checkpoint, folder / "converted", mesh=make_mesh(1, 8, 1))
+    together = make_mesh(1, 8, 1) if jax.process_count() > 1 else None
+    out = convert(checkpoint, folder / "converted", mesh=together)
     sizes, rules = LAYOUTS[2]
     restored = load(out, mtp=True, mesh=make_mesh(*sizes), rules=rules, verify="full")
     found["restored"] = parts(restored)

@@ -32,16 +32,14 @@ def started(loaded: LoadedModel, draft_tokens: int, **more) -> Engine:
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param((0, 1), id="k=0"),
+        pytest.param((0, 1), id="k=0", marks=pytest.mark.slow),
         pytest.param((2, 4), id="k=2, four steps at once"),
         *[pytest.param((k, 8), id=f"k={k} on a GPU", marks=pytest.mark.gpu) for k in (0, 2)],
     ],
 )
 def engine(tiny_fp4, shallow, request) -> Engine:
     draft_tokens, steps_at_once = request.param
-    made = started(shallow(tiny_fp4.loaded), draft_tokens, steps_at_once=steps_at_once)
-    made.warm_up()
-    return made
+    return started(shallow(tiny_fp4.loaded), draft_tokens, steps_at_once=steps_at_once)
 
 
 def made_up(count: int, seed: int = 0) -> list[tuple[list[int], SamplingParams]]:
@@ -157,10 +155,8 @@ def test_a_cancelled_request_ends_and_the_others_go_on(engine):
 
 def test_a_nan_ends_its_request_and_no_other_and_none_after_it(tiny_fp4, shallow):
     loaded = shallow(tiny_fp4.loaded)
-    embed = np.float32(loaded.params["embed"]["weight"])
-    embed[77] = np.nan
-    params = loaded.params | {"embed": {"weight": jnp.asarray(embed, jnp.bfloat16)}}
-    engine = started(dataclasses.replace(loaded, params=params), 0, steps_at_once=1)
+    params = loaded.params | {"embed": {"weight": loaded.params["embed"]["weight"].at[77].set(jnp.nan)}}
+    engine = started(dataclasses.replace(loaded, params=params), 2, steps_at_once=4)
     greedy = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
 
     healthy = engine.add([5, 6, 7], greedy)
@@ -180,19 +176,18 @@ def test_a_nan_ends_its_request_and_no_other_and_none_after_it(tiny_fp4, shallow
     assert [after[number] for number in again] == [found[healthy]] * 2
 
 
-def test_an_end_of_sentence_ends_a_request(tiny_fp4, shallow):
-    engine = started(shallow(tiny_fp4.loaded, 1), 0)
+def test_an_end_of_sentence_ends_a_request(engine, ending_with):
     greedy = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
     number = engine.add([3, 4, 5], greedy)
     tokens = answers(engine)[number][0]
     last = next(token for place, token in enumerate(tokens) if place > 2 and token not in tokens[:place])
-    config = dataclasses.replace(engine.model.config, eos_token_id=last)
-    stopping = started(dataclasses.replace(engine.model, config=config), 0)
+    ending, sizes = ending_with(engine.model, last), {"steps_at_once": engine.steps_at_once}
+    stopping = started(ending, engine.draft_tokens, **sizes)
 
     number = stopping.add([3, 4, 5], dataclasses.replace(greedy, ignore_eos=False))
 
     found = answers(stopping)[number]
-    assert found[0] == tokens[: tokens.index(last) + 1]
+    assert found[0] == [*tokens[: tokens.index(last)], ending.config.eos_token_id]
     assert found[2] == "stop"
 
 

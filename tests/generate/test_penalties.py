@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsv4_jax.checkpoint.load import load
 from dsv4_jax.decode import Requests
 from dsv4_jax.errors import RequestError
 from dsv4_jax.generate import generate
@@ -57,9 +58,10 @@ def test_no_penalty_changes_no_bit():
 
 
 @pytest.fixture(scope="module")
-def llm(text_checkpoint) -> LLM:
+def llm(text_checkpoint, as_numbers) -> LLM:
     """With the slots for all tests from the first one on: they share what is compiled."""
-    llm = LLM.from_pretrained(text_checkpoint, numerics=PLAIN, max_len=128, max_batch=4, draft_tokens=1)
+    model = as_numbers(load(text_checkpoint, mtp=True))
+    llm = LLM(model, numerics=PLAIN, max_len=128, max_batch=4, draft_tokens=1)
     llm.generate([[1]] * 4, dataclasses.replace(GREEDY, max_tokens=1))
     return llm
 

@@ -25,7 +25,13 @@ Answer = tuple[list[int], list[float], int, str | None]
 Start = Callable[..., Engine]
 
 
-@pytest.fixture(scope="module", params=[(0, 128), (2, 32)], ids="k={0[0]} block={0[1]}".format)
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param((0, 128), id="k=0 block=128", marks=pytest.mark.slow),
+        pytest.param((2, 32), id="k=2 block=32"),
+    ],
+)
 def start(tiny_fp4, shallow, request) -> Start:
     """Makes engines of one shape. Blocks of 32 tokens end inside the entries of HCA, blocks of 128 do not."""
     draft_tokens, block = request.param
@@ -79,9 +85,10 @@ def prompts(block: int) -> list[list[int]]:
     return [common[: shared * block] + text(end, seed) for seed, (shared, end) in enumerate(ends, start=1)]
 
 
-def test_nothing_compiles_after_warm_up(start):
-    warm = start()
-    block = block_of(warm)
+def test_nothing_compiles_after_warm_up(tiny_fp4, shallow):
+    block = 32
+    sizes = {"slots": 2, "max_len": 5 * block, "pieces": (block // 4, block), "prefix_bytes": 2**24}
+    warm = Engine(shallow(tiny_fp4.loaded, 1), numerics=PLAIN, draft_tokens=2, **sizes)
     warm.warm_up()
 
     with count_compiles() as compiles:
@@ -155,7 +162,7 @@ def test_a_prompt_that_is_cancelled_leaves_the_blocks_it_has_read(start):
     assert keeping.prefix_tokens == 3 * block_of(keeping)
 
 
-@pytest.mark.parametrize("blocks", [1, 3])
+@pytest.mark.parametrize("blocks", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_small_budget_is_kept_and_changes_no_answer(start, blocks):
     plain, keeping = start(0), start(blocks)
     kept = keeping._prefix

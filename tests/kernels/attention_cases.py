@@ -60,8 +60,13 @@ def made_up(*sizes: int, absent="model", sink=SINKS, **form: Any) -> tuple[Any, 
     In "model" it leads a window and trails a list, as it does there; "some" is a third of all, "most" nearly
     all; "but one" leaves each query one row, "all" none.
     """
+    return _made_up(sizes, absent, sink, tuple(form.items()))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _made_up(sizes, absent, sink, form) -> tuple[Any, ...]:
     keys = iter(jax.random.split(jax.random.key(sum(sizes)), 16))
-    q, window_kv, window_index, compressed_kv, compressed_index, sinks, turns = shapes(*sizes, **form)
+    q, window_kv, window_index, compressed_kv, compressed_index, sinks, turns = shapes(*sizes, **dict(form))
 
     def normal(like) -> Any:
         return jax.random.normal(next(keys), like.shape, like.dtype)

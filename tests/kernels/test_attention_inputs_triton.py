@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from architectures import COMPILED_ARCH
 
 from dsv4_jax.config import FLASH, PRO
 from dsv4_jax.nn.rope import Rotation, rope_frequencies
@@ -39,7 +40,6 @@ triton_call = pytest.importorskip("pallas_kernels.triton_call")
 
 F32, BF16, I32 = jnp.float32, jnp.bfloat16, jnp.int32
 H200, MI300, CPU = Target("cuda", "sm_90"), Target("rocm", "gfx942"), Target("cpu", "")
-EVERY_ARCH = ["sm_80", "sm_90", "sm_100", "gfx942", "gfx950"]
 EPS, PAIRS = FLASH.rms_norm_eps, FLASH.qk_rope_head_dim // 2
 HEAD_DIM, INDEX_DIM, LATENT = FLASH.head_dim, FLASH.index_head_dim, FLASH.q_lora_rank
 NUMERICS = pytest.mark.parametrize(
@@ -82,6 +82,7 @@ def assert_same_bits(found: jax.Array, expected: jax.Array) -> None:
 # --- the definitions, anywhere
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), static_argnames=("q_columns", "dtype"))
 def latent_inputs(batch: int, tokens: int, q_columns: int = LATENT, dtype: Any = BF16) -> tuple[Any, ...]:
     """As `attention_latents` takes them; the window has written rows, and keeps codes of bfloat16 ones."""
     x = normal(batch, tokens, q_columns + HEAD_DIM, dtype=dtype)
@@ -118,6 +119,7 @@ def places(batch: int, tokens: int) -> tuple[jax.Array, jax.Array]:
     return position, jnp.array([tokens, 0, max(1, tokens - 2)], I32)[-batch:]
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), static_argnames="dtype")
 def index_inputs(batch: int, tokens: int, heads: int, dtype: Any = BF16) -> tuple[Any, ...]:
     """As `index_query` takes them, but for the column, which is 5."""
     projected = normal(batch, tokens, heads + 7, dtype=F32)
@@ -170,7 +172,7 @@ def test_the_window_keeps_the_key_values_of_the_last_tokens():
     for tokens in (3, SLOTS + 2):
         x, *weights, window, position, length, cos, sin = latent_inputs(3, tokens)
 
-        _, kv, after = latents(x, *weights, window, position, length, cos, sin)
+        _, kv, after = jax.jit(latents)(x, *weights, window, position, length, cos, sin)
 
         rows, before, new = (
             np.asarray(each, np.float32) for each in (decode_rows(after), decode_rows(window), kv)
@@ -182,6 +184,7 @@ def test_the_window_keeps_the_key_values_of_the_last_tokens():
             np.testing.assert_array_equal(rows[sequence], expected)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), static_argnames="slots_more")
 def compression(
     batch: int, tokens: int, ratio: int, head_dim: int, *, slots_more: int = 3
 ) -> tuple[Any, ...]:
@@ -231,6 +234,7 @@ def test_entries_and_rings_do_not_depend_on_how_a_text_is_cut(ratio, head_dim, f
     settings, tokens = entries_settings(for_index) | {"dtype": F32, "format": None}, projected.shape[1]
     before = normal(3, 9, head_dim, dtype=F32)
 
+    @functools.partial(jax.jit, static_argnums=(1, 2))
     def run(caches, begin: int, end: int):
         start, count = position + begin, jnp.full(3, end - begin)
         turns = entries_rotation(start, end - begin, ratio)
@@ -262,20 +266,21 @@ def test_entries_and_rings_do_not_depend_on_how_a_text_is_cut(ratio, head_dim, f
 
 
 def test_what_an_entry_cannot_be_made_of_is_refused():
-    projected, ape, entries, *others = compression(1, 3, 4, HEAD_DIM, slots_more=-2)
-    settings = entries_settings(False)
+    def refuses(says: str, op, *arguments, **settings) -> None:
+        with pytest.raises(ValueError, match=says):
+            jax.eval_shape(functools.partial(op, **settings), *arguments)
 
-    with pytest.raises(ValueError, match="6 slots do not hold the 7 tokens"):
-        compressed_entries(projected, ape, entries, *others, **settings)
-    with pytest.raises(ValueError, match="neither head_dim 512 nor twice that"):
-        compressed_entries(projected, ape[:, :700], entries, *others, **settings)
-    with pytest.raises(ValueError, match="of 2056 columns has no 2048 from 9 on"):
-        compressed_entries(projected, ape, entries, *others, **settings | {"column": 9})
-    with pytest.raises(ValueError, match="power of two"):
-        index_query(normal(1, 1, 1, 96), jnp.zeros((1, 1, 1)), *rotation(1, 1), column=0, format=None)
-    x, q_weight, _, *others = latent_inputs(1, 1)
-    with pytest.raises(ValueError, match="x has 1536 columns, the norms 1024 and 1024"):
-        latents(x, q_weight, q_weight, *others)
+    projected, ape, *others = jax.eval_shape(lambda: compression(1, 3, 4, HEAD_DIM, slots_more=-2))
+    narrow = shape(4, 700, dtype=F32)
+    of_entries = functools.partial(compressed_entries, **entries_settings(False))
+    x, q_weight, _, *more = jax.eval_shape(lambda: latent_inputs(1, 1))
+    odd = (shape(1, 1, *rest, dtype=F32) for rest in ((1, 96), (1,), (PAIRS,), (PAIRS,)))
+
+    refuses("6 slots do not hold the 7 tokens", of_entries, projected, ape, *others)
+    refuses("neither head_dim 512 nor twice that", of_entries, projected, narrow, *others)
+    refuses("of 2056 columns has no 2048 from 9 on", of_entries, projected, ape, *others, column=9)
+    refuses("power of two", index_query, *odd, column=0, format=None)
+    refuses("x has 1536 columns, the norms 1024 and 1024", latents, x, q_weight, q_weight, *more)
 
 
 # --- the kernels, anywhere
@@ -371,7 +376,7 @@ def compiled_for(monkeypatch, arch) -> str:
     return arch
 
 
-@pytest.mark.parametrize("arch", EVERY_ARCH)
+@COMPILED_ARCH
 @pytest.mark.parametrize("tokens", [1, 4096], ids="tokens={}".format)
 def test_the_kernels_compile_for(tokens, compiled_for):
     launches, arch = launches_of(tokens), compiled_for

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from fp8_products import BF16, F32, FLASH, U8, fp8, lowered, numbers, worst_error
 from jax import lax
+from jax.experimental import pallas as pl
 
 from pallas_kernels.block_matmul import reference
 
@@ -48,15 +49,15 @@ def test_the_kernel_lowers_with(config, scale):
 def plain_factors(
     table: Any, x_scale: Any, w_scale: Any, place: Any, token: Any, row: Any, step: Any
 ) -> None:
-    def number(scales: Any, row: Any, column: Any) -> jax.Array:
-        stored = scales[jnp.minimum(row, scales.shape[0] - 1), column]
+    def numbers_of(scales: Any, rows: Any, column: Any) -> jax.Array:
+        stored = scales[...][jnp.minimum(rows, scales.shape[0] - 1), column]
         return lax.bitcast_convert_type(stored.astype(jnp.int32) << 23, F32) if stored.dtype == U8 else stored
 
     _, steps, padded = table.shape
-    for n in range(padded - PADDING):
-        for other in range(steps):
-            factor = number(x_scale, token + n, step + other) * number(w_scale, row // 128, step + other)
-            table[place, other, n] = factor
+    count = padded - PADDING
+    for other in range(steps):
+        of_tokens = numbers_of(x_scale, token + jnp.arange(count), step + other)
+        table[place, other, pl.ds(0, count)] = of_tokens * numbers_of(w_scale, row // 128, step + other)
 
 
 @pytest.mark.parametrize(

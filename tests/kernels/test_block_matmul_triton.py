@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from architectures import COMPILED_ARCH, EVERY_ARCH
 
 from pallas_kernels import QuantArray, Target, block_diagonal_matmul, block_matmul, dequantize, quantize
 from pallas_kernels.block_matmul import DIAGONAL, MATMUL, tiles
@@ -104,7 +105,7 @@ def launches_of(case: str, arch: str) -> list:
     return triton_call.launches(functools.partial(run, out_dtype=BF16, tile=tile), x, weight)
 
 
-@pytest.mark.parametrize("arch", list(SHARED_KIB))
+@COMPILED_ARCH
 @pytest.mark.parametrize("case", list(CASES))
 def test_the_kernels_compile_for(case, arch):
     (launch,) = launches_of(case, arch)
@@ -121,7 +122,7 @@ def test_the_kernels_compile_for(case, arch):
 # --- tiles
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942", "gfx950"])
+@pytest.mark.parametrize("arch", EVERY_ARCH)
 @pytest.mark.parametrize("groups", [1, 2, 8])
 def test_every_shape_has_a_tile_that_divides_it(groups, arch):
     for tokens in (1, 8, 9, 16, 17, 64, 65, 128, 129, 1000, 8192):

@@ -1,11 +1,13 @@
 """Routed experts: the tile layout, the definition on it, and the kernels that read it."""
 
+import functools
 import struct
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from architectures import COMPILED_ARCH
 
 from pallas_kernels import QuantArray, Target, dequantize, expert_mlp, prepare_experts, quantize
 from pallas_kernels.expert_mlp import IMPLEMENTATIONS
@@ -61,6 +63,7 @@ def random_layer(experts: int = 4, hidden: int = 256, inner: int = 128, *, seed:
     return [random_stack(experts, *shape, seed=seed + n, **more) for n, shape in enumerate(shapes)]
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def random_fp8_layer(experts: int = 4, hidden: int = 256, inner: int = 128):
     """The same in FP8, with float32 scales as in the Base checkpoints."""
     shapes = ((inner, hidden), (hidden, inner), (inner, hidden))
@@ -146,6 +149,7 @@ def test_a_cpu_keeps_the_checkpoints_layout():
     assert prepare_experts(*layer, Target("cpu", "")) == layer
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), static_argnames="seed")
 def requests(tokens: int, experts: int, choices: int, hidden: int, seed: int = 0):
     """Activations, distinct experts for each token, and routing weights."""
     keys = jax.random.split(jax.random.key(seed), 3)
@@ -216,7 +220,7 @@ def launches_of(monkeypatch, arch: str, weights: str, activation: str | None, to
     return [launch for launch in found if launch.kernel.fn.__name__ in ("_gate_up", "_down")]
 
 
-@pytest.mark.parametrize("arch", list(INSTRUCTIONS))
+@COMPILED_ARCH
 @pytest.mark.parametrize("activation", ["fp8_token128", None], ids=["A8", "A16"])
 def test_the_kernels_compile_for(monkeypatch, arch, activation):
     found = launches_of(monkeypatch, arch, "FP4", activation)
@@ -252,7 +256,7 @@ def test_weights_go_from_memory_to_the_tensor_core_without_a_second_trip_through
 def test_a_plan_gives_every_row_to_its_expert_once(tokens, tile_rows):
     _, chosen, _ = requests(tokens, 32, 6, 8, seed=tokens)
 
-    plan = triton_kernels.plan(chosen, 32, tile_rows)
+    plan = jax.jit(triton_kernels.plan, static_argnums=(1, 2))(chosen, 32, tile_rows)
 
     order, pairs = np.asarray(plan.order), np.asarray(chosen).reshape(-1)
     np.testing.assert_array_equal(order, np.argsort(pairs, kind="stable"))

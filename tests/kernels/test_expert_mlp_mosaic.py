@@ -29,7 +29,6 @@ triton_call = pytest.importorskip("pallas_kernels.triton_call")
 
 H200 = Target("cuda", "sm_90")
 LIMIT = 10.0
-EVERY_ARCH = ["sm_80", "sm_90", "sm_100", "gfx942", "gfx950"]
 THREADS = np.arange(128)
 
 

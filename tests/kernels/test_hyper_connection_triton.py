@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from architectures import COMPILED_ARCH
 
 from pallas_kernels import Target, hc_head, hc_post, hc_pre
 from pallas_kernels.hyper_connection import HEAD, POST, POST_PRE, PRE, hc_post_pre, reference
@@ -19,7 +20,6 @@ FLASH, PRO = 4096, 7168  # channels
 ITERATIONS, EPS = 20, 1e-6
 SETTINGS = {"eps": EPS, "norm_eps": EPS}
 H200, CPU = Target("cuda", "sm_90"), Target("cpu", "")
-EVERY_ARCH = ["sm_80", "sm_90", "sm_100", "gfx942", "gfx950"]
 TOKENS = [1, 3, 17, 127, 129, 1000]
 
 pre = functools.partial(hc_pre, sinkhorn_iters=ITERATIONS, **SETTINGS)
@@ -152,11 +152,15 @@ def test_launches_are_few(tokens):
     assert [len(each) for each in (post_pre, pre, post, head)] == [2, 2, 1, 2]
 
 
-@pytest.mark.parametrize("arch", EVERY_ARCH)
+@COMPILED_ARCH
 @pytest.mark.parametrize(
     ("tokens", "channels"),
-    [(1, FLASH), (64, PRO), (512, FLASH), (8192, PRO)],
-    ids=["one token", "Pro, 64 tokens", "512 tokens", "Pro, 8192 tokens"],
+    [
+        pytest.param(1, FLASH, id="one token"),
+        pytest.param(64, PRO, id="Pro, 64 tokens", marks=pytest.mark.slow),
+        pytest.param(512, FLASH, id="512 tokens", marks=pytest.mark.slow),
+        pytest.param(8192, PRO, id="Pro, 8192 tokens"),
+    ],
 )
 def test_the_kernels_compile_for(tokens, channels, arch):
     for launch in {launch for each in launches_of(tokens, channels) for launch in each}:

@@ -44,6 +44,7 @@ def shapes(batch: int, tokens: int, entries: int) -> tuple[Any, ...]:
     return TiledQueries(q), QuantArray(codes, scale, "fp4_group32"), weights, visible
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def made_up(batch: int, tokens: int, entries: int, spread: int = 3) -> tuple[Any, ...]:
     """The same; scales of a key lie within 2^spread."""
     keys = jax.random.split(jax.random.key(batch + tokens + entries), 5)
@@ -55,6 +56,9 @@ def made_up(batch: int, tokens: int, entries: int, spread: int = 3) -> tuple[Any
     visible = jax.random.randint(keys[3], (batch, tokens), 0, entries + 1)
     q, weights = tile_queries(q, jax.random.normal(keys[4], (batch, tokens, HEADS)))
     return q, QuantArray(codes, scale, "fp4_group32"), weights, visible
+
+
+expected_of = jax.jit(reference.index_scores)
 
 
 # --- it lowers
@@ -135,7 +139,7 @@ def test_the_ptx_computes_the_scores(waves, queries, group, count, entries):
     found = memory.view(np.float32).reshape(-1, stride)
     expected = np.full_like(found, np.nan)
     mine = slice(first, max(first, min(first + waves * 64, entries)))
-    scores = np.asarray(reference.index_scores(q, packed, weights))[0]
+    scores = np.asarray(expected_of(q, packed, weights))[0]
     expected[row : row + count, mine] = scores[:count, mine]
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * np.abs(scores).max())
 
@@ -218,7 +222,7 @@ def test_every_item_is_worked_on(sizes, config, first, rows, monkeypatch):
         q, packed, weights, visible, **block, config=config, interpret=plgpu.InterpretGPUParams()
     )
 
-    expected = reference.index_scores(q, packed, weights)[:, first : first + rows]
+    expected = expected_of(q, packed, weights)[:, first : first + rows]
     shown = jnp.arange(sizes[2]) < visible[:, first : first + rows, None]
     error = jnp.where(shown, found[..., : sizes[2]] - expected, 0)
     assert found.shape == (sizes[0], rows, 1024)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from architectures import COMPILED_ARCH
 
 from pallas_kernels import Target
 from pallas_kernels.expert_mlp import plan as planning
@@ -23,7 +24,6 @@ F32, I32 = jnp.float32, jnp.int32
 FLASH, PRO = 256, 384  # experts
 TOP_K, SCALING = 6, 1.5
 H200, CPU = Target("cuda", "sm_90"), Target("cpu", "")
-EVERY_ARCH = ["sm_80", "sm_90", "sm_100", "gfx942", "gfx950"]
 TOKENS = [1, 3, 17, 127, 129, 1000]
 
 
@@ -103,7 +103,7 @@ def test_the_kernels_take(target, logits, top_k, fits):
     assert BY_ID[0].fits(target, logits, ids, table, SCALING) is fits
 
 
-@pytest.mark.parametrize("arch", EVERY_ARCH)
+@COMPILED_ARCH
 @pytest.mark.parametrize("experts", [FLASH, PRO], ids="experts={}".format)
 def test_the_kernels_compile_for(experts, arch):
     scored = triton_call.launches(
@@ -158,7 +158,7 @@ def test_the_plans_kernels_take(target, experts, count, fits):
     assert planning.IMPLEMENTATIONS[0].fits(target, experts, count, 16) is fits
 
 
-@pytest.mark.parametrize("arch", EVERY_ARCH)
+@COMPILED_ARCH
 @pytest.mark.parametrize(
     ("tokens", "names"), [(1, ["_plan_few"]), (341, ["_plan_few"]), (8192, ["_count", "_plan_many"])]
 )

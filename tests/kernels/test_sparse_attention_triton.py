@@ -4,6 +4,7 @@ import struct
 
 import jax.numpy as jnp
 import pytest
+from architectures import COMPILED_ARCH, EVERY_ARCH
 from attention_cases import BF16, F32, I32, SCALE, shapes
 
 from pallas_kernels import Target
@@ -14,7 +15,6 @@ kernels = pytest.importorskip("pallas_kernels.sparse_attention.triton")
 triton_call = pytest.importorskip("pallas_kernels.triton_call")
 
 H200, CPU = Target("cuda", "sm_90"), Target("cpu", "")
-EVERY_ARCH = ["sm_80", "sm_90", "sm_100", "gfx942", "gfx950"]
 # What a block of the chip can have of shared memory, KiB.
 SHARED = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64, "gfx950": 160}
 
@@ -82,7 +82,7 @@ def test_the_kernels_take(target, arguments, scale, fits):
     assert any(taken) is fits
 
 
-@pytest.mark.parametrize("arch", EVERY_ARCH)
+@COMPILED_ARCH
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from architectures import COMPILED_ARCH
 
 from pallas_kernels import Target, activation_quant
 from pallas_kernels.swiglu import IMPLEMENTATIONS, QUANT, reference, swiglu, swiglu_quant
@@ -17,7 +18,6 @@ triton_call = pytest.importorskip("pallas_kernels.triton_call")
 F32, BF16 = jnp.float32, jnp.bfloat16
 LIMIT = 10.0
 H200, A100, MI300 = Target("cuda", "sm_90"), Target("cuda", "sm_80"), Target("rocm", "gfx942")
-EVERY_ARCH = ["sm_80", "sm_90", "sm_100", "gfx942", "gfx950"]
 
 
 def shape(*sizes: int, dtype=BF16) -> jax.ShapeDtypeStruct:
@@ -104,7 +104,7 @@ def test_the_kernels_take(target, gate, up, plain, quant):
     assert QUANT[0].fits(target, gate, up, None, LIMIT) is quant
 
 
-@pytest.mark.parametrize("arch", EVERY_ARCH)
+@COMPILED_ARCH
 @pytest.mark.parametrize("tokens", [1, 8192], ids="tokens={}".format)
 def test_the_kernels_compile_for(tokens, arch):
     both, weight = shape(tokens, 4096), shape(tokens, dtype=F32)

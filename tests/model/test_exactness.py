@@ -109,7 +109,9 @@ def test_a_prefill_equals_token_by_token(stepwise, at_once):
     assert_close(logits, stepwise[LENGTHS - 1, np.arange(BATCH)])
 
 
-@pytest.mark.parametrize("chunk", [7, 64, 128], ids="chunks of {}".format)
+@pytest.mark.parametrize(
+    "chunk", [7, pytest.param(64, marks=pytest.mark.slow), 128], ids="chunks of {}".format
+)
 def test_a_prefill_in_chunks_equals_one_at_once(tiny, prompts, at_once, chunk):
     logits, cache = tiny.prefill(prompts, START, LENGTHS, tiny.cache(), chunk=chunk)
 

@@ -70,8 +70,15 @@ def test_declared_parameters_add_up_to_the_published_counts(config, main, mtp):
     assert counts == {"main": main, "mtp": mtp}
 
 
-@pytest.mark.parametrize("config", MODELS)
-@pytest.mark.parametrize("numerics", [PLAIN, OFFICIAL], ids=["plain", "official"])
+@pytest.mark.parametrize(
+    ("config", "numerics"),
+    [
+        pytest.param(FLASH, PLAIN, id="flash-plain"),
+        pytest.param(PRO, OFFICIAL, id="pro-official"),
+        pytest.param(FLASH, OFFICIAL, id="flash-official", marks=pytest.mark.slow),
+        pytest.param(PRO, PLAIN, id="pro-plain", marks=pytest.mark.slow),
+    ],
+)
 def test_a_prefill_gives_logits_of_the_vocabulary_and_a_cache_like_the_one_given(config, numerics):
     params = nest({parameter.path: parameter.value for parameter in parameters(config, mtp=False)})
     tokens, row = jax.ShapeDtypeStruct((2, 256), jnp.int32), jax.ShapeDtypeStruct((2,), jnp.int32)

@@ -149,7 +149,7 @@ def test_a_problem_asks_for_what_stands_so_many_tokens_before(tmp_path):
 # and some logits by 1e-3 to 1e-1, as far as the model moves from itself if its embedding moves by 1e-6.
 @pytest.mark.parametrize("numerics", [PLAIN, KVQUANT], ids=["plain", "kvquant"])
 def test_the_forward_pass_of_training_is_that_of_the_model(masters, texts, numerics):
-    ids, weights = texts[0][:2, :256], simulated(CONFIG, masters)
+    ids, weights = texts[0][:2, :256], jax.jit(simulated, static_argnums=0)(CONFIG, masters)
     position, length = jnp.zeros(2, jnp.int32), jnp.full(2, 256)
 
     @jax.jit
@@ -191,7 +191,7 @@ def test_a_released_checkpoint_decodes_to_the_numbers_that_training_simulated(ma
     release(tmp_path / "model", CONFIG, masters)
     model = load(tmp_path / "model", mtp=True, strict=True)
 
-    wanted = simulated(CONFIG, masters)
+    wanted = jax.jit(simulated, static_argnums=0)(CONFIG, masters)  # as training has it
     for each in parameters(CONFIG, mtp=True):
         of_mtp = each.path[0] == "mtp"
         found = at(model.mtp_params, each.path[2:]) if of_mtp else at(model.params, each.path)
