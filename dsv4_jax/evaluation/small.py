@@ -124,15 +124,17 @@ class Small:
             for drafts, tasks in timed.items()
         }
 
-    def loss(self, model: LoadedModel | None = None) -> float:
-        """Nats a token of new texts, half of them facts, as the released model reads them."""
-        texts = [(row, 1) for row in self._texts().tolist()]
+    def loss(self, model: LoadedModel | None = None) -> dict[str, float]:
+        """Nats a token of new texts, half of them facts, as the released model reads them; and of answers."""
+        ids, task = self._texts()
         llm = self.serve(model=model, max_len=_TOKENS)
-        return float(np.mean([each.logprobs for _, each in likelihoods(llm, texts)])) * -1
+        found = likelihoods(llm, [(row, 1) for row in ids.tolist()])
+        nats = -np.array([each.logprobs for _, each in found])
+        return {"loss": float(nats.mean()), "answer_loss": float(nats[task[:, 1:] > 0].mean())}
 
     def loss_unquantised(self, masters: Weights) -> float:
         """`loss` of the float32 weights that were quantised, in float32 arithmetic."""
-        ids = jnp.asarray(self._texts())
+        ids = jnp.asarray(self._texts()[0])
         setting = Setting(self.model.config, PLAIN, choose=True)
         logits = jax.jit(lambda ids: forward(ids, masters, setting)[0])(ids)
         nats = jax.nn.log_softmax(logits[:, :-1])
@@ -143,15 +145,17 @@ class Small:
         found = {}
         for name, planted in faults.PLANTED.items():
             with planted():
-                found[name] = self.exact() | {"loss": self.loss()}
+                found[name] = self.exact() | self.loss()
         whole, self.model = self.model, faults.scale_bytes_shifted(self.model)
-        found["scale bytes shifted"] = self.exact() | {"loss": self.loss()}
+        found["scale bytes shifted"] = self.exact() | self.loss()
         self.model = whole
         return found
 
-    def _texts(self) -> np.ndarray:
-        make = jax.jit(lambda key: data.batch(key, _TEXTS, _TOKENS, 0.5, self.level)[0])
-        return np.asarray(make(jax.random.key(2**31 + _SEED)))
+    def _texts(self) -> tuple[np.ndarray, np.ndarray]:
+        """Ids, and to which task each is an answer, as `data.batch`."""
+        make = jax.jit(lambda key: data.batch(key, _TEXTS, _TOKENS, 0.5, self.level))
+        ids, task = make(jax.random.key(2**31 + _SEED))
+        return np.asarray(ids), np.asarray(task)
 
 
 def ask(llm: LLM, problems: Sequence[Problem]) -> list[GenerationOutput]:

@@ -34,7 +34,7 @@ def parts(small: Small, scores: Scores, arguments: argparse.Namespace) -> dict[s
 
     def loss() -> dict[str, float]:
         masters = restored(arguments.run, small.model.config).masters
-        float32, quantised = small.loss_unquantised(masters), small.loss()
+        float32, quantised = small.loss_unquantised(masters), small.loss()["loss"]
         return {"float32": float32, "quantised": quantised, "ratio": quantised / float32}
 
     return {
@@ -44,7 +44,7 @@ def parts(small: Small, scores: Scores, arguments: argparse.Namespace) -> dict[s
         # how fast a machine is does not say how fast another one is
         "drafts": lambda: scores.get("drafts", {}) | {jax.devices()[0].device_kind: small.drafts()},
         **({"loss": loss} if arguments.run else {}),
-        "faults": small.with_faults,
+        "faults": lambda: {"none": small.exact() | small.loss()} | small.with_faults(),
     }
 
 
@@ -100,9 +100,7 @@ def card(scores: Mapping[str, Any], curve: list[dict[str, Any]], config: Config,
             f" {100 * (loss['ratio'] - 1):+.2f}%.",
         ]
     if losses:
-        whole = exact | ({"loss": loss["quantised"]} if loss else {})
-        rows = [["none", *(whole.get(name, "") for name in losses)]]
-        rows += [[fault, *each.values()] for fault, each in scores["faults"].items()]
+        rows = [[fault, *each.values()] for fault, each in scores["faults"].items()]
         text += ["## Faults planted in the model", table(["fault", *losses], rows)]
     every = max(len(curve) // 12, 1)
     text += [

@@ -34,7 +34,11 @@ def test_it_answers_as_well_as_its_scores_say(small, scores):
 
 
 def test_its_loss_is_the_one_in_its_scores(small, scores):
-    assert small.loss() == pytest.approx(scores["loss"]["quantised"], rel=5e-3)
+    found, kept = small.loss(), scores["faults"]["none"]
+
+    assert found["loss"] == pytest.approx(kept["loss"], rel=5e-3)
+    assert found["answer_loss"] <= 1.5 * kept["answer_loss"]
+    assert all(each["answer_loss"] > 2 * kept["answer_loss"] for each in list(scores["faults"].values())[1:])
 
 
 def test_it_finds_far_facts_and_finds_them_by_its_indexer(small, scores):
