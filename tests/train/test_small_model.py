@@ -37,8 +37,9 @@ def test_its_loss_is_the_one_in_its_scores(small, scores):
     found, kept = small.loss(), scores["faults"]["none"]
 
     assert found["loss"] == pytest.approx(kept["loss"], rel=5e-3)
-    assert found["answer_loss"] <= 1.5 * kept["answer_loss"]
-    assert all(each["answer_loss"] > 2 * kept["answer_loss"] for each in list(scores["faults"].values())[1:])
+    assert found["answer_loss"] <= 3 * kept["answer_loss"]
+    faults = scores["faults"].keys() - {"none"}
+    assert all(scores["faults"][name]["answer_loss"] > 10 * kept["answer_loss"] for name in faults)
 
 
 def test_it_finds_far_facts_and_finds_them_by_its_indexer(small, scores):
