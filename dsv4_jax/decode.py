@@ -258,7 +258,7 @@ def step(
 
 
 def _graphs() -> dict[str, str | int]:
-    """Compiler options: a loop of steps is one CUDA graph, whose kernels run side by side where they may.
+    """Compiler options: a loop of steps is one graph of a GPU, whose kernels run side by side where they may.
 
     XLA's default asks the host at every turn whether to go on, which at small batches takes longer than the
     turn, and runs kernels one after the other, most of which fill a part of the chip only at small batches.

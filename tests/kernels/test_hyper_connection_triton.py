@@ -131,7 +131,7 @@ def test_the_kernels_take(target, tokens, channels, fits):
 
     assert PRE[0].fits(target, before[1], *after, ITERATIONS, EPS, EPS, None) is fits
     assert POST[0].fits(target, *before) is fits
-    assert POST_PRE[1].fits(target, *before, *after, ITERATIONS, EPS, EPS, None) is fits
+    assert POST_PRE[0].fits(target, *before, *after, ITERATIONS, EPS, EPS, None) is fits
     assert HEAD[0].fits(target, before[1], *after, EPS, EPS, shape(channels, dtype=BF16)) is fits
 
 
