@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 from dsv4_jax.config import Config
 from dsv4_jax.nn.parameter import parameter, quantized_parameter, scale_dtype
 from dsv4_jax.numerics import Numerics
-from pallas_kernels import QuantArray, activation_quant, block_diagonal_matmul, block_matmul
+from pallas_kernels import QuantArray, block_diagonal_matmul, block_matmul
 
 
 class Linear(nnx.Module):
@@ -34,9 +34,8 @@ class Linear(nnx.Module):
         """The product with `x`, which may be quantised already; one that is `partial`, a term of a sum over
         devices, in float32.
         """
-        if self.activation and not isinstance(x, QuantArray):
-            x = activation_quant(x)
-        return block_matmul(x, self.weight.get_value(), out_dtype=self._out_dtype(partial))
+        out_dtype = self._out_dtype(partial)
+        return block_matmul(x, self.weight.get_value(), out_dtype=out_dtype, activation=self.activation)
 
     def _out_dtype(self, partial: bool) -> str:
         return "float32" if partial else self.numerics.dtype

@@ -4,16 +4,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.activation_quant import activation_quant
 from pallas_kernels.block_matmul import reference
-from pallas_kernels.block_matmul.tiles import BLOCK
-from pallas_kernels.dispatch import Implementation, select
+from pallas_kernels.block_matmul.tiles import BLOCK, tile_for
+from pallas_kernels.dispatch import Implementation, default_of, select
 from pallas_kernels.formats import QuantArray
-from pallas_kernels.target import Target
+from pallas_kernels.target import Target, current_target
 
 MOST_NUMBERS = 2**31  # the kernels' offsets have 32 bits
 
 
-def _mosaic_block_matmul(x, weight, out_dtype):
+def _mosaic_block_matmul(x, weight, out_dtype, activation):
     from pallas_kernels.block_matmul import mosaic, mosaic_config, mosaic_few  # that only a Hopper GPU needs
 
     shape = mosaic_config.shape_of(x, weight)
@@ -23,7 +24,7 @@ def _mosaic_block_matmul(x, weight, out_dtype):
     return mosaic.block_matmul(x, weight, out_dtype, config=config)
 
 
-def _mosaic_fits(target: Target, x, weight, out_dtype) -> bool:
+def _mosaic_fits(target: Target, x, weight, out_dtype, activation) -> bool:
     if target.vendor != "cuda" or target.arch != "sm_90":
         return False
     from pallas_kernels.block_matmul import mosaic_config
@@ -31,9 +32,9 @@ def _mosaic_fits(target: Target, x, weight, out_dtype) -> bool:
     return mosaic_config.takes(x, weight, out_dtype)
 
 
-def _mosaic_is_faster(target: Target, x, weight, out_dtype) -> bool:
+def _mosaic_is_faster(target: Target, x, weight, out_dtype, activation) -> bool:
     """Than Triton's kernel."""
-    if not _mosaic_fits(target, x, weight, out_dtype):
+    if not _mosaic_fits(target, x, weight, out_dtype, activation):
         return False
     from pallas_kernels.block_matmul import mosaic_config
 
@@ -52,8 +53,17 @@ def _triton_block_diagonal_matmul(*args, **kwargs):
     return triton.block_diagonal_matmul(*args, **kwargs)
 
 
-def _triton_fits(target: Target, x, weight, out_dtype) -> bool:
-    """An FP8 weight in whole blocks of columns, and activations in FP8 or bfloat16."""
+def _is_streamed(target: Target, x, weight) -> bool:
+    """Whether all of K is in one program: of a single token, where the chip's tiles are made for it."""
+    return x.size == x.shape[-1] and tile_for(target.arch, "fp8", 1, *weight.shape).tokens == 1
+
+
+def _triton_fits(target: Target, x, weight, out_dtype, activation=None) -> bool:
+    """An FP8 weight in whole blocks of columns; activations in FP8 or bfloat16, or one to be quantised."""
+    if activation and not (
+        target.has_e4m3 and isinstance(weight, QuantArray) and _is_streamed(target, x, weight)
+    ):
+        return False
     if target.vendor == "cpu" or (target.vendor == "rocm" and target.arch not in ("gfx942", "gfx950")):
         return False
     if not isinstance(weight, QuantArray) or weight.format != "fp8_block128" or weight.ndim != 2:
@@ -86,6 +96,7 @@ def block_matmul(
     weight: Float[Array, "N K"] | QuantArray,
     *,
     out_dtype=jnp.bfloat16,
+    activation: str | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "*tokens N"]:
     """x @ weight.T with float32 accumulation, rounded once to `out_dtype`.
@@ -95,6 +106,7 @@ def block_matmul(
     Args:
       x: activations, plain or already quantised (`activation_quant`).
       weight: one row per output.
+      activation: "fp8_token128" quantises plain activations of a quantised weight first.
 
     Raises:
       ValueError: x and weight differ in K.
@@ -103,7 +115,13 @@ def block_matmul(
         raise ValueError(
             f"x has {x.shape[-1]} columns, weight has {weight.shape[-1]}: {x.shape}, {weight.shape}"
         )
-    return select(MATMUL, implementation, x, weight, out_dtype)
+    if isinstance(x, QuantArray) or not isinstance(weight, QuantArray):
+        activation = None
+    elif activation and implementation != "reference":
+        runs = implementation or default_of(MATMUL, x, weight, out_dtype, activation).name
+        if runs != "triton" or not _triton_fits(current_target(), x, weight, out_dtype, activation):
+            x, activation = activation_quant(x), None
+    return select(MATMUL, implementation, x, weight, out_dtype, activation)
 
 
 def block_diagonal_matmul(

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.activation_quant.reference import activation_quant
 from pallas_kernels.formats import QuantArray, dequantize
 from pallas_kernels.target import current_target
 
@@ -27,7 +28,11 @@ def _numbers(array: jax.Array | QuantArray, dtype: jnp.dtype) -> jax.Array:
     return dequantize(array, dtype) if isinstance(array, QuantArray) else array.astype(dtype)
 
 
-def block_matmul(x: jax.Array | QuantArray, weight: jax.Array | QuantArray, out_dtype) -> jax.Array:
+def block_matmul(
+    x: jax.Array | QuantArray, weight: jax.Array | QuantArray, out_dtype, activation: str | None = None
+) -> jax.Array:
+    if activation and not isinstance(x, QuantArray):
+        x = activation_quant(x)
     x_TK, weight_NK = product_operands(x, weight)
     # Products of bfloat16 numbers are exact in float32, whatever the precision. Asked for the highest, XLA
     # makes float32 of the operands, far from a GPU's tensor cores; with one token, that is still its best.

@@ -4,6 +4,7 @@ A sum runs over 128 columns, the width of a block of scales, and is multiplied b
 before it is added in float32: the released arithmetic. Four kernels share it, by how many tokens there are:
 
 - `_streamed`: one token. Weights go through registers only, past the ordinary units: reading is all there is.
+  Each program may quantise the token itself, all of it, which costs less than a launch.
 - `_spanned`: few tokens. Warps walk along K side by side, so that a few rows of the weight make enough loads
   to keep a multiprocessor busy.
 - `_tiled`: one tile of each operand walks along K. Below 64 tokens the weights are the rows of the tensor
@@ -21,8 +22,9 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
+from pallas_kernels.activation_quant.triton import quantized
 from pallas_kernels.block_matmul.tiles import BLOCK, Operand, Tile, tile_for
-from pallas_kernels.formats import QuantArray
+from pallas_kernels.formats import E4M3_MAX, FORMATS, QuantArray
 from pallas_kernels.target import current_target
 from pallas_kernels.triton_call import Engine, triton_call
 
@@ -88,6 +90,8 @@ def _streamed(
     GROUPS: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,  # the power of two that holds K
+    FLOOR: tl.constexpr,  # of the largest number of a block of x that is quantised here; 0: it is not
+    MOST: tl.constexpr,
 ):
     BLOCKS: tl.constexpr = K // 128
     first_row = tl.program_id(0) * ROWS
@@ -106,7 +110,11 @@ def _streamed(
     if x.dtype.element_ty != tl.bfloat16:
         scale *= _number(tl.load(x_scale + (place * BLOCKS + block), mask=inside, other=0))
     x_at = x + (place * K + block[:, None] * 128 + column[None, :])
-    values = _float32(tl.load(x_at, mask=inside[:, None], other=0.0)) * scale[:, None]
+    values = tl.load(x_at, mask=inside[:, None], other=0.0)
+    if FLOOR > 0:
+        values, exponent = quantized(values, FLOOR, MOST)
+        scale *= _number(exponent.to(tl.uint8))
+    values = _float32(values) * scale[:, None]
 
     sums = tl.sum(_float32(weights) * tl.reshape(values, (WIDTH,))[None, :], 1)
     tl.store(out + (token.to(tl.int64) * N + rows), sums.to(out.dtype.element_ty), mask=rows < N)
@@ -315,17 +323,20 @@ def block_matmul(
     x: jax.Array | QuantArray,
     weight: QuantArray,
     out_dtype,
+    activation: str | None = None,
     *,
     tile: Tile | None = None,
     engine: Engine = "ffi",
 ) -> jax.Array:
-    return _launch(x, 1, weight, out_dtype, tile, engine).reshape(*x.shape[:-1], weight.shape[0])
+    """See `pallas_kernels.block_matmul`; `activation` quantises a single token on its way in."""
+    out = _launch(x, 1, weight, out_dtype, activation, tile, engine)
+    return out.reshape(*x.shape[:-1], weight.shape[0])
 
 
 def block_diagonal_matmul(
     x: jax.Array, weight: QuantArray, out_dtype, *, tile: Tile | None = None, engine: Engine = "ffi"
 ) -> jax.Array:
-    return _launch(x, x.shape[-2], weight, out_dtype, tile, engine).reshape(*x.shape[:-1], -1)
+    return _launch(x, x.shape[-2], weight, out_dtype, None, tile, engine).reshape(*x.shape[:-1], -1)
 
 
 def _launch(
@@ -333,6 +344,7 @@ def _launch(
     groups: int,
     weight: QuantArray,
     out_dtype,
+    activation: str | None,
     tile: Tile | None,
     engine: Engine,
 ) -> jax.Array:
@@ -349,7 +361,9 @@ def _launch(
         x, x_scale = as_fnuz(x, x_scale)
     if target.vendor == "cuda" and int(target.arch[3:]) < 89:
         x, values = _without_fp8(x), _without_fp8(values)
-    tile = tile or tile_for(target.arch, holds, tokens, rows, columns, groups)
+    tile = tile or tile_for(target.arch, "fp8" if activation else holds, tokens, rows, columns, groups)
+    if activation and tile.tokens > 1:
+        raise NotImplementedError(f"only a single token is quantised on its way in, not {tokens}")
     if not tile.divides(columns, rows // groups, groups):
         raise ValueError(f"{tile} does not divide {groups} groups of {rows // groups} x {columns}")
 
@@ -357,6 +371,8 @@ def _launch(
     kernel, grid, constants = _kernel(tile, across, tokens, columns, holds, weight.scale.dtype)
     dtype = out_dtype if tile.splits == 1 else jnp.float32
     sizes: dict[str, Any] = {"M": tokens, "N": rows, "K": columns, "GROUPS": groups, "ROWS": tile.rows}
+    if kernel is _streamed:
+        constants |= {"FLOOR": FORMATS[activation].floor if activation else 0.0, "MOST": E4M3_MAX}
     parts = triton_call(
         kernel,
         *(x, x_scale, values, weight.scale),

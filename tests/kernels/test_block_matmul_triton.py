@@ -11,10 +11,19 @@ import numpy as np
 import pytest
 from architectures import COMPILED_ARCH, EVERY_ARCH
 
-from pallas_kernels import QuantArray, Target, block_diagonal_matmul, block_matmul, dequantize, quantize
+from pallas_kernels import (
+    QuantArray,
+    Target,
+    activation_quant,
+    block_diagonal_matmul,
+    block_matmul,
+    dequantize,
+    quantize,
+)
 from pallas_kernels.block_matmul import DIAGONAL, MATMUL, tiles
 from pallas_kernels.block_matmul.tiles import Tile, tile_for, tuned
 from pallas_kernels.formats import scale_values
+from pallas_kernels.target import assume
 
 kernels = pytest.importorskip("pallas_kernels.block_matmul.triton")
 triton_call = pytest.importorskip("pallas_kernels.triton_call")
@@ -117,6 +126,26 @@ def test_the_kernels_compile_for(case, arch):
     assert machine == (190 if arch.startswith("sm_") else 224)
     assert CASES[case][-1][arch] in binary.assembly
     assert binary.shared_bytes <= SHARED_KIB[arch] * 1024
+
+
+@pytest.mark.parametrize("arch", EVERY_ARCH)
+def test_a_single_token_is_quantised_in_the_product_where_a_program_has_all_of_it(arch):
+    vendor = "cuda" if arch.startswith("sm_") else "rocm"
+    weight = fp8(4096, 8192, "fp8_block128", STORED.get(arch, FP8))
+    quantising = functools.partial(block_matmul, activation="fp8_token128")
+
+    with assume(Target(vendor, arch)):
+        one, three = (
+            triton_call.launches(quantising, jax.ShapeDtypeStruct((tokens, 8192), BF16), weight)
+            for tokens in (1, 3)
+        )
+
+    assert one[-1] != three[-1]
+    if arch in ("sm_90", "sm_100"):
+        (launch,) = one
+        assert "e4m3x2" in triton_call.compile_offline(launch, arch).assembly
+    else:
+        assert "_streamed" not in [launch.kernel.__name__ for launch in one]
 
 
 # --- tiles
@@ -332,6 +361,22 @@ def test_every_kind_of_tile_is_right_where_it_does_not_fit(tile, operand, tokens
 
     expected = block_matmul(x, weight, out_dtype=F32, implementation="reference")
     assert relative_error(found, expected) <= BOUNDS[operand][F32]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("rows", "columns"), [(4096, 8192), (1536, 4096), (200, 384)])
+def test_a_token_that_the_product_quantises_gives_the_bits_of_one_that_was_quantised(rows, columns):
+    scale = 10.0 ** jax.random.uniform(jax.random.key(0), (columns // 128, 1), minval=-7, maxval=3)
+    x = (jax.random.normal(jax.random.key(1), (columns // 128, 128)) * scale).reshape(1, columns).astype(BF16)
+    x = x.at[0, :128].set(0)
+    weight = quantize(jax.random.normal(jax.random.key(2), (rows, columns)), "fp8_block128")
+
+    found = jax.jit(functools.partial(block_matmul, activation="fp8_token128", implementation="triton"))(
+        x, weight
+    )
+
+    expected = block_matmul(activation_quant(x), weight, implementation="triton")
+    np.testing.assert_array_equal(np.asarray(found, np.float32), np.asarray(expected, np.float32))
 
 
 @pytest.mark.gpu

@@ -20,7 +20,7 @@ F32 = jnp.float32
 ULP = 2.0**-24  # half a unit in the last place of float32, relative
 HC = {"sinkhorn_iters": 20, "eps": 1e-6, "norm_eps": 1e-6}
 
-block_matmul = jax.jit(pk.block_matmul, static_argnames="out_dtype")
+block_matmul = jax.jit(pk.block_matmul, static_argnames=("out_dtype", "activation"))
 block_diagonal_matmul = jax.jit(pk.block_diagonal_matmul, static_argnames="out_dtype")
 grouped_matmul = jax.jit(pk.grouped_matmul, static_argnames="out_dtype")
 swiglu = jax.jit(pk.swiglu, static_argnames=("limit", "out_dtype"))
@@ -72,6 +72,22 @@ def test_block_matmul_is_the_product_with_the_transposed_weight(weight, quantise
     out = block_matmul(x, matrix, out_dtype=F32)
 
     assert_sums_agree(out, numbers(x)[..., None, :] * numbers(matrix))
+
+
+def test_block_matmul_quantises_what_is_plain_if_it_is_told_to():
+    x, weight, plain = (
+        normal(3, 256),
+        quantize(normal(64, 256, seed=1), "fp8_block128"),
+        normal(64, 256, seed=1),
+    )
+    before = quantize(x, "fp8_token128")
+
+    found = [block_matmul(each, weight, activation="fp8_token128", out_dtype=F32) for each in (x, before)]
+
+    np.testing.assert_array_equal(found[0], block_matmul(before, weight, out_dtype=F32))
+    np.testing.assert_array_equal(found[1], found[0])
+    unquantised = block_matmul(x, plain, activation="fp8_token128", out_dtype=F32)
+    np.testing.assert_array_equal(unquantised, block_matmul(x, plain, out_dtype=F32))
 
 
 def test_block_matmul_keeps_a_float32_scale_exact():
