@@ -69,8 +69,13 @@ def _next(skipped, above, reach, other_skipped, other_above, other_reach):
 
 
 @triton.jit
-def _span(low, high, other_low, other_high):
-    return tl.minimum(low, other_low), tl.maximum(high, other_high)
+def _in_group(count, most, other_count, other_most):
+    return count + other_count, tl.maximum(most, other_most)
+
+
+@triton.jit
+def _of_groups(count, low, high, other_count, other_low, other_high):
+    return count + other_count, tl.minimum(low, other_low), tl.maximum(high, other_high)
 
 
 @triton.jit
@@ -86,18 +91,19 @@ def _cut(rank, K: tl.constexpr, BLOCK: tl.constexpr, DIGIT: tl.constexpr, VENDOR
         counters = _counters(BINS)
     else:
         counters = 0
-    # Whichever they are, K groups or more: the largest of each are K that are not below the lowest of these.
-    largest = tl.max(tl.reshape(rank, (GROUPS, BLOCK // GROUPS), can_reorder=True), 1)
-    low, high = tl.reduce((largest, largest), 0, _span)
+    # Of K groups or more, whichever they are, the largest of each are K that are not below the lowest of these.
+    groups = tl.reshape(rank, (GROUPS, BLOCK // GROUPS), can_reorder=True)
+    shown, most = tl.reduce(((groups > _HIDDEN).to(tl.int32), groups), 1, _in_group)
+    reach, low, high = tl.reduce((shown, most, most), 0, _of_groups)
     low = tl.maximum(low, _HIDDEN + 1)
-    # As many bits as the highest has, or one more if rounding to float32 carries.
+    # As many bits as the distance has, or one more if rounding to float32 carries.
     bits = ((high - low).to(tl.uint32, bitcast=True).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 126
-    above = low * 0  # entries above all candidates
-    reach = above + BLOCK  # entries not below the candidates, or more in the beginning
+    above = reach * 0
     while (reach > K) & (bits > 0):
-        bits = tl.maximum(bits - DIGIT, 0)
-        digit = (rank - low).to(tl.uint32, bitcast=True) >> bits.to(tl.uint32)
-        inside = (rank >= low) & (digit < BINS)
+        shift = tl.maximum(bits - DIGIT, 0)
+        digit = (rank - low).to(tl.uint32, bitcast=True) >> shift.to(tl.uint32)
+        # The last digit may be shorter: what is beyond it is above already.
+        inside = (rank >= low) & (digit < (1 << (bits - shift)).to(tl.uint32))
         # Bins begin at the highest digit, so that running sums count what is not below.
         count = _histogram((BINS - 1) - digit.to(tl.int32), inside, counters, BINS, VENDOR)
         running = above + tl.cumsum(count, 0)
@@ -105,7 +111,8 @@ def _cut(rank, K: tl.constexpr, BLOCK: tl.constexpr, DIGIT: tl.constexpr, VENDOR
         skipped, above, reach = tl.reduce(
             (short.to(tl.int32), tl.where(short, running, above), tl.where(short, BLOCK, running)), 0, _next
         )
-        low += (BINS - 1 - skipped) << bits
+        low += (BINS - 1 - skipped) << shift
+        bits = shift
     return low, tl.minimum(reach, K), tl.where(reach > K, K - above, K)
 
 
