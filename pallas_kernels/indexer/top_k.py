@@ -1,9 +1,9 @@
 """The best k of each row of scores, by the order of their indices, ties to the smaller index.
 
-Scores become integers of the same order. Bisection finds the k-th largest: first between scores, which takes
-a dozen steps, then, where many are alike, between their bits, which must end. What is above it, and as many
-as there is room for of those that equal it, is written side by side. Long rows are cut into parts, whose best
-k each go to the next round.
+Scores become integers of the same order. Their digits, from the highest on, find the k-th largest: entries of
+each digit are counted, and those of the one in which it lies go on. What is above it, and as many as there
+is room for of those that equal it, is written side by side. Long rows are cut into parts, whose best k each
+go to the next round.
 """
 
 from typing import Any
@@ -17,6 +17,7 @@ from pallas_kernels.target import current_target
 from pallas_kernels.triton_call import triton_call
 
 _HIDDEN = tl.constexpr(-(2**31) + 0x7FFFFF)  # the rank of -infinity, and of what is not visible
+_DIGIT = {"cuda": 10, "rocm": 8}  # bits
 _MOST_ONCE = 32768  # entries that one program holds in registers
 _FEW_ROWS = 64
 
@@ -39,8 +40,9 @@ def _counters(BINS: tl.constexpr):
 def _histogram(bin, inside, counters, BINS: tl.constexpr, VENDOR: tl.constexpr):
     """How many of `bin` there are of each number, of those that are `inside`.
 
-    Triton 3.6 votes in each warp on every entry's bits and counts votes for every bin. Adding to shared memory
-    costs the same for any number of bins.
+    Triton 3.6 has each warp vote on every entry's bits and count votes for every bin; adding to shared memory
+    costs the same for any number of bins. A thread must have no entry that another has, too: it would count
+    twice.
     """
     if VENDOR != "cuda":
         return tl.histogram(bin, BINS, inside)
@@ -87,11 +89,8 @@ def _cut(rank, K: tl.constexpr, BLOCK: tl.constexpr, DIGIT: tl.constexpr, VENDOR
     """
     BINS: tl.constexpr = 1 << DIGIT
     GROUPS: tl.constexpr = triton.next_power_of_2(K)
-    if VENDOR == "cuda":
-        counters = _counters(BINS)
-    else:
-        counters = 0
-    # Of K groups or more, whichever they are, the largest of each are K that are not below the lowest of these.
+    counters = _counters(BINS) if VENDOR == "cuda" else 0
+    # Of K groups or more, however made, the largest of each are K that are not below the lowest of these.
     groups = tl.reshape(rank, (GROUPS, BLOCK // GROUPS), can_reorder=True)
     shown, most = tl.reduce(((groups > _HIDDEN).to(tl.int32), groups), 1, _in_group)
     reach, low, high = tl.reduce((shown, most, most), 0, _of_groups)
@@ -144,11 +143,17 @@ def _best(
         seen = tl.minimum(tl.load(visible + row), S)
     count = 0
     if part * BLOCK < seen:
-        at = row * STRIDE + place
+        source += row * STRIDE
+        index += row * STRIDE
+        # Whole fours where rows hold them, so that they are one load each.
+        limit = seen
+        if S % 4 == 0:
+            limit = tl.cdiv(seen, 4) * 4
         if SCORES:
-            rank = _rank(tl.load(source + at, mask=place < seen, other=float("-inf")))
+            rank = _rank(tl.load(source + place, mask=place < limit, other=float("-inf")))
         else:
-            rank = tl.load(source + at, mask=place < seen, other=_HIDDEN)
+            rank = tl.load(source + place, mask=place < limit, other=_HIDDEN)
+        rank = tl.where(place < seen, rank, _HIDDEN)
         low, count, own = _cut(rank, K, BLOCK, DIGIT, VENDOR)
         above, equal = rank > low, rank == low
         running = tl.cumsum((above.to(tl.int32) << 16) + equal.to(tl.int32), 0)
@@ -158,7 +163,7 @@ def _best(
         if SCORES:
             tl.store(chosen + to, place, mask=stays)
         else:
-            tl.store(chosen + to, tl.load(index + at, mask=stays), mask=stays)
+            tl.store(chosen + to, tl.load(index + place, mask=stays), mask=stays)
         if not LAST:
             tl.store(ranks + to, rank, mask=stays)
     to = tl.arange(0, triton.next_power_of_2(K))
@@ -198,7 +203,7 @@ def index_top_k(
     columns: int | None = None,
     part: int | None = None,
     num_warps: int | None = None,
-    digit: int = 11,
+    digit: int | None = None,
 ) -> jax.Array:
     """The min(top_k, columns) best of the first `visible` of each row in their order; -1 for what is missing.
 
@@ -208,6 +213,7 @@ def index_top_k(
       columns: how many there are, `stride` by default.
       part: entries of a program in the first round, a power of two, and its num_warps: in place of this
         module's choice.
+      digit: bits of a digit, likewise.
 
     Returns:
       [B, T, min(top_k, columns)] int32.
@@ -216,11 +222,14 @@ def index_top_k(
     rows = batch * tokens
     columns = columns or stride
     amd = current_target().vendor == "rocm"
+    digit = digit or _DIGIT["rocm" if amd else "cuda"]
     count = min(top_k, columns)
     part = part or part_for(rows, columns, count)
 
     source, index = scores, visible  # which index is not read in the first round
     while True:
+        warps = num_warps or warps_for(part, amd)
+        part = max(part, warps * (64 if amd else 32))  # else threads would share entries
         parts = -(-columns // part)
         shape = (batch, tokens, count) if parts == 1 else (rows, parts * count)
         outs = [jax.ShapeDtypeStruct(shape, jnp.int32)]
@@ -231,7 +240,7 @@ def index_top_k(
             *(source, index, visible),
             out=outs,
             grid=(rows * parts,),
-            num_warps=num_warps or warps_for(part, amd),
+            num_warps=warps,
             LAST=parts == 1,
             **sizes,
         )
