@@ -1,9 +1,9 @@
 """The best k of each row of scores, by the order of their indices, ties to the smaller index.
 
-Scores become integers of the same order. Bisection finds the k-th largest: first between scores, which takes
-a dozen steps, then, where many are alike, between their bits, which must end. What is above it, and as many
-as there is room for of those that equal it, is written side by side. Long rows are cut into parts, whose best
-k each go to the next round.
+Scores become integers of the same order. Their digits, from the highest on, find the k-th largest: entries of
+each digit are counted, and those of the one in which it lies go on. What is above it, and as many as there
+is room for of those that equal it, is written side by side. Long rows are cut into parts, whose best k each
+go to the next round.
 """
 
 from typing import Any
@@ -17,8 +17,7 @@ from pallas_kernels.target import current_target
 from pallas_kernels.triton_call import triton_call
 
 _HIDDEN = tl.constexpr(-(2**31) + 0x7FFFFF)  # the rank of -infinity, and of what is not visible
-_HIGHEST = tl.constexpr(2**31 - 1)
-_BY_VALUE = tl.constexpr(20)  # steps of bisection between scores
+_DIGIT = {"cuda": 10, "rocm": 8}  # bits
 _MOST_ONCE = 32768  # entries that one program holds in registers
 _FEW_ROWS = 64
 
@@ -31,43 +30,89 @@ def _rank(score):
 
 
 @triton.jit
-def _score(rank):
-    return (rank ^ ((rank >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+def _counters(BINS: tl.constexpr):
+    """The address of as many int32 in shared memory, not initialised (CUDA)."""
+    text: tl.constexpr = f"{{ .shared .align 16 .b32 counters[{BINS}]; mov.u32 $0, counters; }}"
+    return tl.inline_asm_elementwise(text, "=r,r", [tl.program_id(0)], tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
-def _with(count, least, most, other_count, other_least, other_most):
-    return count + other_count, tl.minimum(least, other_least), tl.maximum(most, other_most)
+def _histogram(bin, inside, counters, BINS: tl.constexpr, VENDOR: tl.constexpr):
+    """How many of `bin` there are of each number, of those that are `inside`.
 
-
-@triton.jit
-def _between(low, high, step):
-    """Strictly between two ranks (int64) that are not neighbours."""
-    middle = (low + high) >> 1
-    if step < _BY_VALUE:
-        score = _score(low.to(tl.int32)) * 0.5 + _score((high - 1).to(tl.int32)) * 0.5
-        middle = _rank(score).to(tl.int64)
-    return tl.minimum(tl.maximum(middle, low + 1), high - 1)
-
-
-@triton.jit
-def _cut(rank, K: tl.constexpr):
-    """The lowest rank to keep, how many to keep, and how many of those that have just this rank."""
-    shown = rank > _HIDDEN
-    reach, least, most = tl.reduce(
-        (shown.to(tl.int32), tl.where(shown, rank, _HIGHEST), rank), 0, _with, keep_dims=False
+    Triton 3.6 has each warp vote on every entry's bits and count votes for every bin; adding to shared memory
+    costs the same for any number of bins. A thread must have no entry that another has, too: it would count
+    twice.
+    """
+    if VENDOR != "cuda":
+        return tl.histogram(bin, BINS, inside)
+    each = counters + 4 * tl.arange(0, BINS)
+    tl.inline_asm_elementwise(
+        "st.shared.u32 [$1], 0; mov.u32 $0, 0;", "=r,r", [each], tl.int32, is_pure=False, pack=1
     )
-    low, high, above = least.to(tl.int64), most.to(tl.int64) + 1, reach * 0
-    step = above
-    while (reach > K) & (high - low > 1):
-        middle = _between(low, high, step)
-        count = tl.sum((rank >= middle.to(tl.int32)).to(tl.int32), 0)
-        if count >= K:
-            low, reach = middle, count
-        else:
-            high, above = middle, count
-        step += 1
-    return low.to(tl.int32), tl.minimum(reach, K), tl.where(reach > K, K - above, K)
+    tl.debug_barrier()
+    add: tl.constexpr = """{
+        .reg .pred inside;
+        setp.ne.u32 inside, $2, 0;
+        @inside red.shared.add.u32 [$1], 1;
+        mov.u32 $0, 0;
+    }"""
+    args = [counters + 4 * bin, inside.to(tl.int32)]
+    tl.inline_asm_elementwise(add, "=r,r,r", args, tl.int32, is_pure=False, pack=1)
+    tl.debug_barrier()
+    return tl.inline_asm_elementwise(
+        "ld.shared.u32 $0, [$1];", "=r,r", [each], tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def _next(skipped, above, reach, other_skipped, other_above, other_reach):
+    return skipped + other_skipped, tl.maximum(above, other_above), tl.minimum(reach, other_reach)
+
+
+@triton.jit
+def _in_group(count, most, other_count, other_most):
+    return count + other_count, tl.maximum(most, other_most)
+
+
+@triton.jit
+def _of_groups(count, low, high, other_count, other_low, other_high):
+    return count + other_count, tl.minimum(low, other_low), tl.maximum(high, other_high)
+
+
+@triton.jit
+def _cut(rank, K: tl.constexpr, BLOCK: tl.constexpr, DIGIT: tl.constexpr, VENDOR: tl.constexpr):
+    """The lowest rank to keep, how many to keep, and how many of those that have just this rank.
+
+    Of a rank's distance from the lowest candidate it takes one digit after the other, counts how many
+    candidates have each, and goes on with those of the digit in which the k-th largest lies.
+    """
+    BINS: tl.constexpr = 1 << DIGIT
+    GROUPS: tl.constexpr = triton.next_power_of_2(K)
+    counters = _counters(BINS) if VENDOR == "cuda" else 0
+    # Of K groups or more, however made, the largest of each are K that are not below the lowest of these.
+    groups = tl.reshape(rank, (GROUPS, BLOCK // GROUPS), can_reorder=True)
+    shown, most = tl.reduce(((groups > _HIDDEN).to(tl.int32), groups), 1, _in_group)
+    reach, low, high = tl.reduce((shown, most, most), 0, _of_groups)
+    low = tl.maximum(low, _HIDDEN + 1)
+    # As many bits as the distance has, or one more if rounding to float32 carries.
+    bits = ((high - low).to(tl.uint32, bitcast=True).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 126
+    above = reach * 0
+    while (reach > K) & (bits > 0):
+        shift = tl.maximum(bits - DIGIT, 0)
+        digit = (rank - low).to(tl.uint32, bitcast=True) >> shift.to(tl.uint32)
+        # The last digit may be shorter: what is beyond it is above already.
+        inside = (rank >= low) & (digit < (1 << (bits - shift)).to(tl.uint32))
+        # Bins begin at the highest digit, so that running sums count what is not below.
+        count = _histogram((BINS - 1) - digit.to(tl.int32), inside, counters, BINS, VENDOR)
+        running = above + tl.cumsum(count, 0)
+        short = running < K
+        skipped, above, reach = tl.reduce(
+            (short.to(tl.int32), tl.where(short, running, above), tl.where(short, BLOCK, running)), 0, _next
+        )
+        low += (BINS - 1 - skipped) << shift
+        bits = shift
+    return low, tl.minimum(reach, K), tl.where(reach > K, K - above, K)
 
 
 @triton.jit
@@ -81,7 +126,9 @@ def _best(
     STRIDE: tl.constexpr,
     K: tl.constexpr,
     BLOCK: tl.constexpr,
+    DIGIT: tl.constexpr,
     LAST: tl.constexpr,
+    VENDOR: tl.constexpr,
 ):
     """A program takes a part of a row, in the last round all of it."""
     PARTS: tl.constexpr = (S + BLOCK - 1) // BLOCK
@@ -96,12 +143,18 @@ def _best(
         seen = tl.minimum(tl.load(visible + row), S)
     count = 0
     if part * BLOCK < seen:
-        at = row * STRIDE + place
+        source += row * STRIDE
+        index += row * STRIDE
+        # Whole fours where rows hold them, so that they are one load each.
+        limit = seen
+        if S % 4 == 0:
+            limit = tl.cdiv(seen, 4) * 4
         if SCORES:
-            rank = _rank(tl.load(source + at, mask=place < seen, other=float("-inf")))
+            rank = _rank(tl.load(source + place, mask=place < limit, other=float("-inf")))
         else:
-            rank = tl.load(source + at, mask=place < seen, other=_HIDDEN)
-        low, count, own = _cut(rank, K)
+            rank = tl.load(source + place, mask=place < limit, other=_HIDDEN)
+        rank = tl.where(place < seen, rank, _HIDDEN)
+        low, count, own = _cut(rank, K, BLOCK, DIGIT, VENDOR)
         above, equal = rank > low, rank == low
         running = tl.cumsum((above.to(tl.int32) << 16) + equal.to(tl.int32), 0)
         higher, same = running >> 16, running & 0xFFFF
@@ -110,7 +163,7 @@ def _best(
         if SCORES:
             tl.store(chosen + to, place, mask=stays)
         else:
-            tl.store(chosen + to, tl.load(index + at, mask=stays), mask=stays)
+            tl.store(chosen + to, tl.load(index + place, mask=stays), mask=stays)
         if not LAST:
             tl.store(ranks + to, rank, mask=stays)
     to = tl.arange(0, triton.next_power_of_2(K))
@@ -150,6 +203,7 @@ def index_top_k(
     columns: int | None = None,
     part: int | None = None,
     num_warps: int | None = None,
+    digit: int | None = None,
 ) -> jax.Array:
     """The min(top_k, columns) best of the first `visible` of each row in their order; -1 for what is missing.
 
@@ -159,6 +213,7 @@ def index_top_k(
       columns: how many there are, `stride` by default.
       part: entries of a program in the first round, a power of two, and its num_warps: in place of this
         module's choice.
+      digit: bits of a digit, likewise.
 
     Returns:
       [B, T, min(top_k, columns)] int32.
@@ -167,22 +222,25 @@ def index_top_k(
     rows = batch * tokens
     columns = columns or stride
     amd = current_target().vendor == "rocm"
+    digit = digit or _DIGIT["rocm" if amd else "cuda"]
     count = min(top_k, columns)
     part = part or part_for(rows, columns, count)
 
     source, index = scores, visible  # which index is not read in the first round
     while True:
+        warps = num_warps or warps_for(part, amd)
+        part = max(part, warps * (64 if amd else 32))  # else threads would share entries
         parts = -(-columns // part)
         shape = (batch, tokens, count) if parts == 1 else (rows, parts * count)
         outs = [jax.ShapeDtypeStruct(shape, jnp.int32)]
         outs.append(outs[0] if parts > 1 else jax.ShapeDtypeStruct((1,), jnp.int32))
-        sizes: dict[str, Any] = {"S": columns, "STRIDE": stride, "K": count, "BLOCK": part}
+        sizes: dict[str, Any] = {"S": columns, "STRIDE": stride, "K": count, "BLOCK": part, "DIGIT": digit}
         index, source = triton_call(
             _best,
             *(source, index, visible),
             out=outs,
             grid=(rows * parts,),
-            num_warps=num_warps or warps_for(part, amd),
+            num_warps=warps,
             LAST=parts == 1,
             **sizes,
         )

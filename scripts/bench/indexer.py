@@ -44,14 +44,14 @@ HEADS, CHANNELS, CHOSEN = FLASH.index_n_heads, FLASH.index_head_dim, FLASH.index
 ROUND_US, PROGRAM_US = 400, 1500  # about how long a round and one program are to run
 CHECKED = 4  # queries whose scores are checked
 
-# Tried by --tune. Scores by Mosaic: fields of Config; top-k: entries of a part, warps.
+# Tried by --tune. Scores by Mosaic: fields of Config; top-k: entries of a part, warps, bits of a digit.
 PREFILL = (
     "128 4 2 2 2 4, 128 4 2 2 2 5, 64 4 2 2 2 4, 256 4 2 2 2 4, 128 2 2 2 2 8, 128 4 2 4 1 4, 128 2 2 4 1 8"
 )
 DECODE = "1 1 4 1 8 8, 1 1 4 1 4 4, 1 1 2 2 8 8, 1 1 2 2 4 4, 1 1 2 4 4 4, 1 1 2 1 8 8"
 TOP_K = {
-    8192: "8192 8, 8192 16, 8192 32, 4096 8, 2048 8",
-    32768: "32768 16, 32768 32, 16384 16, 8192 16, 8192 32",
+    8192: "8192 8 8, 8192 8 9, 8192 8 10, 8192 16 9, 8192 16 10, 8192 16 11, 8192 32 10, 2048 8 9",
+    32768: "32768 16 10, 32768 32 9, 32768 32 10, 32768 32 11, 16384 32 10, 8192 16 10",
     4096: "4096 4, 4096 8, 4096 16",
     16384: "16384 8, 16384 16, 16384 32",
     262144: "32768 32, 16384 32, 32768 16",
@@ -130,7 +130,7 @@ class Case:
     def run(self, candidate: tuple[int, ...] = ()) -> Callable[..., jax.Array]:
         """The op, cut as the candidate says; as the kernels choose without one."""
         if self.kind == "top-k":
-            choices = dict(zip(("part", "num_warps"), candidate, strict=False))
+            choices = dict(zip(("part", "num_warps", "digit"), candidate, strict=False))
             return functools.partial(index_top_k, top_k=CHOSEN, **choices)
         if self.implementation == "triton":
             return triton.index_scores

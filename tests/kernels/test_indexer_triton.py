@@ -335,7 +335,19 @@ def test_not_a_number_is_not_lost_and_no_response_is_zero():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("columns", "count"), [(1, 1), (5, 9), (127, 100), (1000, 512), (8192, 512), (5000, 1024), (32768, 512)]
+    ("columns", "count"),
+    [
+        (1, 1),
+        (5, 9),
+        (5, 2),
+        (60, 7),
+        (127, 100),
+        (1000, 512),
+        (4096, 512),
+        (8192, 512),
+        (5000, 1024),
+        (32768, 512),
+    ],
 )
 def test_top_k_is_exact(columns, count):
     rows = hard_rows(columns, np.random.default_rng(columns))
@@ -354,6 +366,15 @@ def test_rows_in_parts_give_the_same(columns, count, part):
 
     assert_top_k(rows, np.full(len(rows), columns), count, part=part)
     assert_top_k(rows, np.full(len(rows), columns), count, part=part, columns=columns - 100)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("digit", [1, 7, 9, 11])
+@pytest.mark.parametrize("num_warps", [4, 8, 32])
+def test_digits_of_any_width_give_the_same(digit, num_warps):
+    rows = hard_rows(3001, np.random.default_rng(digit))
+
+    assert_top_k(rows, np.full(len(rows), 2999), 300, digit=digit, num_warps=num_warps)
 
 
 @pytest.mark.gpu
