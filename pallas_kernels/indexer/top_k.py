@@ -32,33 +32,51 @@ def _rank(score):
 @triton.jit
 def _counters(BINS: tl.constexpr):
     """The address of as many int32 in shared memory, not initialised (CUDA)."""
-    text: tl.constexpr = f"{{ .shared .align 16 .b32 counters[{BINS}]; mov.u32 $0, counters; }}"
-    return tl.inline_asm_elementwise(text, "=r,r", [tl.program_id(0)], tl.int32, is_pure=False, pack=1)
+    return tl.inline_asm_elementwise(
+        f"{{ .shared .align 16 .b32 counters[{BINS}]; mov.u32 $0, counters; }}",
+        "=r,r",
+        [tl.program_id(0)],
+        tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit
-def _histogram(bin, inside, counters, BINS: tl.constexpr, VENDOR: tl.constexpr):
-    """How many of `bin` there are of each number, of those that are `inside`.
+def _histogram(rank, low, shift, width, counters, BINS: tl.constexpr, VENDOR: tl.constexpr):
+    """How many ranks have each digit, (rank - low) >> shift, of those below `width`, from BINS - 1 down to 0.
 
     Triton 3.6 has each warp vote on every entry's bits and count votes for every bin; adding to shared memory
     costs the same for any number of bins. A thread must have no entry that another has, too: it would count
-    twice.
+    twice. In one piece, a digit takes no register while another is made.
     """
     if VENDOR != "cuda":
-        return tl.histogram(bin, BINS, inside)
+        digit = (rank - low).to(tl.uint32, bitcast=True) >> shift.to(tl.uint32)
+        inside = (rank >= low) & (digit < width.to(tl.uint32))
+        return tl.histogram(BINS - 1 - digit.to(tl.int32), BINS, inside)
     each = counters + 4 * tl.arange(0, BINS)
     tl.inline_asm_elementwise(
         "st.shared.u32 [$1], 0; mov.u32 $0, 0;", "=r,r", [each], tl.int32, is_pure=False, pack=1
     )
     tl.debug_barrier()
-    add: tl.constexpr = """{
+    tl.inline_asm_elementwise(
+        """{
         .reg .pred inside;
-        setp.ne.u32 inside, $2, 0;
-        @inside red.shared.add.u32 [$1], 1;
+        .reg .b32 digit;
+        sub.u32 digit, $1, $2;
+        shr.u32 digit, digit, $3;
+        setp.ge.s32 inside, $1, $2;
+        setp.lt.and.u32 inside, digit, $4, inside;
+        mad.lo.s32 digit, digit, -4, $5;
+        @inside red.shared.add.u32 [digit], 1;
         mov.u32 $0, 0;
-    }"""
-    args = [counters + 4 * bin, inside.to(tl.int32)]
-    tl.inline_asm_elementwise(add, "=r,r,r", args, tl.int32, is_pure=False, pack=1)
+        }""",
+        "=r,r,r,r,r,r",
+        [rank, low, shift, width, counters + 4 * (BINS - 1)],
+        tl.int32,
+        is_pure=False,
+        pack=1,
+    )
     tl.debug_barrier()
     return tl.inline_asm_elementwise(
         "ld.shared.u32 $0, [$1];", "=r,r", [each], tl.int32, is_pure=False, pack=1
@@ -87,7 +105,7 @@ def _cut(rank, K: tl.constexpr, BLOCK: tl.constexpr, DIGIT: tl.constexpr, VENDOR
     Of a rank's distance from the lowest candidate it takes one digit after the other, counts how many
     candidates have each, and goes on with those of the digit in which the k-th largest lies.
     """
-    BINS: tl.constexpr = 1 << DIGIT
+    BINS: tl.constexpr = 2**DIGIT
     GROUPS: tl.constexpr = triton.next_power_of_2(K)
     counters = _counters(BINS) if VENDOR == "cuda" else 0
     # Of K groups or more, however made, the largest of each are K that are not below the lowest of these.
@@ -100,11 +118,9 @@ def _cut(rank, K: tl.constexpr, BLOCK: tl.constexpr, DIGIT: tl.constexpr, VENDOR
     above = reach * 0
     while (reach > K) & (bits > 0):
         shift = tl.maximum(bits - DIGIT, 0)
-        digit = (rank - low).to(tl.uint32, bitcast=True) >> shift.to(tl.uint32)
-        # The last digit may be shorter: what is beyond it is above already.
-        inside = (rank >= low) & (digit < (1 << (bits - shift)).to(tl.uint32))
-        # Bins begin at the highest digit, so that running sums count what is not below.
-        count = _histogram((BINS - 1) - digit.to(tl.int32), inside, counters, BINS, VENDOR)
+        # The last digit may be shorter: what is beyond it is above already. Bins begin at the highest digit,
+        # so that running sums count what is not below.
+        count = _histogram(rank, low, shift, 1 << (bits - shift), counters, BINS, VENDOR)
         running = above + tl.cumsum(count, 0)
         short = running < K
         skipped, above, reach = tl.reduce(
