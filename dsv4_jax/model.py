@@ -1,6 +1,7 @@
 """The whole of DeepSeek-V4: embed, blocks, head."""
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -9,10 +10,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32
 
 from dsv4_jax import parallel
-from dsv4_jax.cache import Cache, LayerCache
+from dsv4_jax.cache import Cache
 from dsv4_jax.config import Config
 from dsv4_jax.nn.block import Block
-from dsv4_jax.nn.hyper_connection import HyperHead
+from dsv4_jax.nn.hyper_connection import HyperHead, Unwritten
 from dsv4_jax.nn.linear import PlainLinear
 from dsv4_jax.nn.norm import RMSNorm
 from dsv4_jax.nn.parameter import parameter
@@ -79,11 +80,7 @@ class Transformer(nnx.Module):
         """
         x = self.embed(ids)
         streams = jnp.broadcast_to(x[:, :, None], (*ids.shape, self.hc_mult, x.shape[-1]))
-        new_cache = []
-        for block, layer_cache in zip(self.layers, cache, strict=True):
-            streams, layer_cache = run_block(block, streams, ids, position, length, layer_cache)
-            new_cache.append(layer_cache)
-        return streams, tuple(new_cache)
+        return run_blocks(self.layers, streams, ids, position, length, cache)
 
     def logits(self, streams: Float[Array, "B *tokens X M"]) -> Float32[Array, "B *tokens V"]:
         """Next-token logits from the streams of `__call__`."""
@@ -103,17 +100,30 @@ def logits(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _run_block(graphdef, params, streams, ids, position, length, cache):
+def _run_block(graphdef, params, before, ids, position, length, cache):
     block, rows = nnx.merge(graphdef, params), Along("batch")
-    arguments = (streams, rows), (ids, rows), (position, rows), (length, rows), (cache, cache.axes)
+    arguments = (before, rows), (ids, rows), (position, rows), (length, rows), (cache, cache.axes)
     return spread(Block.__call__, (block,), arguments, (rows, cache.axes))
 
 
-def run_block(
-    block: Block, streams, ids, position, length, cache: LayerCache
-) -> tuple[Float[Array, "B T X M"], LayerCache]:
-    """`block(...)`, traced once for all layers of one kind: their graphs are equal."""
-    return _run_block(*nnx.split(block), streams, ids, position, length, cache)
+def run_blocks(
+    blocks: Iterable[Block],
+    streams: Float[Array, "B T X M"],
+    ids: Int32[Array, "B T"],
+    position: Int32[Array, " B"],
+    length: Int32[Array, " B"],
+    caches: Cache,
+) -> tuple[Float[Array, "B T X M"], Cache]:
+    """The streams after all the blocks, at least one, and their caches.
+
+    A block is traced once for all layers of one kind: their graphs are equal.
+    """
+    before, after = streams, []
+    for block, cache in zip(blocks, caches, strict=True):
+        before, cache = _run_block(*nnx.split(block), before, ids, position, length, cache)
+        after.append(cache)
+    rows = Along("batch")
+    return spread(Unwritten.written, (), ((before, rows),), rows), tuple(after)
 
 
 @functools.cache

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from dsv4_jax.cache import LayerCache
 from dsv4_jax.config import Config
-from dsv4_jax.model import Params, Transformer, logits, run_block
+from dsv4_jax.model import Params, Transformer, logits, run_blocks
 from dsv4_jax.nn.block import Block
 from dsv4_jax.nn.hyper_connection import HyperHead
 from dsv4_jax.nn.linear import Linear
@@ -53,7 +53,8 @@ class MTPHead(nnx.Module):
         modules = self.enorm, self.e_proj, self.hnorm, self.h_proj
         arguments = (model.embed(next_ids), Along("batch")), (streams, Along("batch"))
         mixed = spread(_mix, modules, arguments, Along("batch"))
-        return run_block(self.block, mixed, next_ids, position, length, cache)
+        streams, (cache,) = run_blocks([self.block], mixed, next_ids, position, length, (cache,))
+        return streams, cache
 
     def logits(self, model: Transformer, streams: Float[Array, "*tokens X M"]) -> Float32[Array, "*tokens V"]:
         """Draft logits from the streams of `__call__`."""

@@ -150,12 +150,12 @@ def _traced(*given: Any) -> _Traced:
         with choose("reference"), record() as calls:
             transformer = bind(_SMALL, OFFICIAL, params)
             x = transformer.embed(ids)
-            streams = jnp.broadcast_to(x[:, :, None], (*ids.shape, transformer.hc_mult, x.shape[-1]))
+            before: Any = jnp.broadcast_to(x[:, :, None], (*ids.shape, transformer.hc_mult, x.shape[-1]))
             after = []
             for block, layer_cache in zip(transformer.layers, cache, strict=True):
-                streams, layer_cache = block(streams, ids, position, length, layer_cache)
+                before, layer_cache = block(before, ids, position, length, layer_cache)
                 after.append(layer_cache)
-            transformer.logits(streams)
+            transformer.logits(before.written())
         noted.extend(map(_without_arrays, calls))
         return [leaf for call in calls for leaf in _arrays(call)], tuple(after)
 

@@ -16,6 +16,7 @@ import functools
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,12 +49,12 @@ def _forward(config: Config, params, ids, position, cache):
     """Streams after every block, logits of every token, and the cache."""
     model = bind(config, PLAIN, params)
     length = jnp.full(ids.shape[0], ids.shape[1], jnp.int32)
-    streams = jnp.repeat(model.embed(ids)[:, :, None], config.hc_mult, axis=2)
+    before: Any = jnp.repeat(model.embed(ids)[:, :, None], config.hc_mult, axis=2)
     after = []
     for layer, block in enumerate(model.layers):
-        streams, _ = block(streams, ids, position, length, cache[layer])
-        after.append(streams)
-    return after, model.logits(streams)
+        before, _ = block(before, ids, position, length, cache[layer])
+        after.append(before.written())
+    return after, model.logits(after[-1])
 
 
 def plain(loaded: LoadedModel, inputs: dict[str, np.ndarray], steps: int) -> dict[str, np.ndarray]:
@@ -152,6 +153,7 @@ def _one_block(config: Config, graphdef, params, streams, ids, cache: LayerCache
     block = nnx.merge(graphdef, params)
     start, length = jnp.zeros(1, jnp.int32), jnp.full(1, ids.shape[1], jnp.int32)
     out, after = block(streams, ids, start, length, cache)
+    out = out.written()
     if block.attn.ratio != 4:
         return out, after, None
     attention, x = block.attn, block.hc_attn.read(streams, block.attn_norm)[0]

@@ -6,11 +6,10 @@ from jaxtyping import Array, Float, Int32
 from dsv4_jax.cache import LayerCache
 from dsv4_jax.config import Config
 from dsv4_jax.nn.attention import Attention
-from dsv4_jax.nn.hyper_connection import HyperConnection
+from dsv4_jax.nn.hyper_connection import HyperConnection, Unwritten
 from dsv4_jax.nn.moe import MoE
 from dsv4_jax.nn.norm import RMSNorm
 from dsv4_jax.numerics import Numerics
-from pallas_kernels import hc_post
 
 
 class Block(nnx.Module):
@@ -26,17 +25,20 @@ class Block(nnx.Module):
 
     def __call__(
         self,
-        streams: Float[Array, "B T X M"],
+        before: Float[Array, "B T X M"] | Unwritten,
         ids: Int32[Array, "B T"],
         position: Int32[Array, " B"],
         length: Int32[Array, " B"],
         cache: LayerCache,
-    ) -> tuple[Float[Array, "B T X M"], LayerCache]:
-        """The streams after this layer, and its cache with the new tokens in it.
+    ) -> tuple[Unwritten, LayerCache]:
+        """What this layer has for the streams, and its cache with the new tokens in it.
 
         On a mesh: of a device's own rows of the batch, by its own parts of the parameters.
+
+        Args:
+          before: the streams, or what the layer before has for them.
         """
-        x, residual = self.hc_attn.read(streams, self.attn_norm)
+        x, residual = self.hc_attn.read(before, self.attn_norm)
         y, cache = self.attn(x, position, length, cache)
-        x, residual = self.hc_ffn.write_and_read(y, residual, self.ffn_norm)
-        return hc_post(self.ffn(x, ids), *residual), cache
+        x, residual = self.hc_ffn.read(Unwritten(y, residual), self.ffn_norm)
+        return Unwritten(self.ffn(x, ids), residual), cache

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Float32
 from dsv4_jax.config import Config
 from dsv4_jax.nn.norm import RMSNorm
 from dsv4_jax.nn.parameter import parameter
-from pallas_kernels import hc_head, hc_post_pre, hc_pre
+from pallas_kernels import hc_head, hc_post, hc_post_pre, hc_pre
 
 
 class Residual(NamedTuple):
@@ -18,6 +18,17 @@ class Residual(NamedTuple):
     streams: Float[Array, "*tokens X M"]
     post: Float32[Array, "*tokens X"]
     comb: Float32[Array, "*tokens X X"]
+
+
+class Unwritten(NamedTuple):
+    """A sub-layer's output, not yet written to the streams: the next one does that while it reads them."""
+
+    y: Float[Array, "*tokens M"]
+    residual: Residual
+
+    def written(self) -> Float[Array, "*tokens X M"]:
+        """The streams with it."""
+        return hc_post(self.y, *self.residual)
 
 
 class HyperConnection(nnx.Module):
@@ -32,17 +43,14 @@ class HyperConnection(nnx.Module):
         self.config = config
 
     def read(
-        self, streams: Float[Array, "*tokens X M"], norm: RMSNorm | None
+        self, before: Float[Array, "*tokens X M"] | Unwritten, norm: RMSNorm | None
     ) -> tuple[Float[Array, "*tokens M"], Residual]:
         """The sub-layer's input, normalised unless `norm` is None, and how its output goes back."""
-        x, post, comb = hc_pre(streams, *self._mixes(), **self._settings(norm))
-        return x, Residual(streams, post, comb)
-
-    def write_and_read(
-        self, y: Float[Array, "*tokens M"], residual: Residual, norm: RMSNorm
-    ) -> tuple[Float[Array, "*tokens M"], Residual]:
-        """Writes the output of the sub-layer before, then as `read`."""
-        streams, x, post, comb = hc_post_pre(y, *residual, *self._mixes(), **self._settings(norm))
+        if isinstance(before, Unwritten):
+            y, residual = before
+            streams, x, post, comb = hc_post_pre(y, *residual, *self._mixes(), **self._settings(norm))
+        else:
+            streams, (x, post, comb) = before, hc_pre(before, *self._mixes(), **self._settings(norm))
         return x, Residual(streams, post, comb)
 
     def _mixes(self) -> tuple[Array, Array, Array]:
