@@ -111,7 +111,7 @@ class Small:
         Whether the tokens are those without drafts is asked with `invariant`, as no rounding may decide it.
         """
         counts = 0, *DRAFTS
-        timed, exact = self.alone(counts), self.alone(counts, invariant=True)
+        exact, timed = self.alone(counts, invariant=True), self.alone(counts)
         return {
             str(drafts): {
                 task: each.scores()

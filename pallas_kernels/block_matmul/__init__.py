@@ -8,10 +8,11 @@ from pallas_kernels.activation_quant import activation_quant
 from pallas_kernels.block_matmul import reference
 from pallas_kernels.block_matmul.tiles import BLOCK, tile_for
 from pallas_kernels.dispatch import Implementation, default_of, select
-from pallas_kernels.formats import QuantArray
+from pallas_kernels.formats import QuantArray, dequantize
 from pallas_kernels.target import Target, current_target
 
 MOST_NUMBERS = 2**31  # the kernels' offsets have 32 bits
+MANY_TOKENS = 1024  # from which on decoding the weight of `wo_a` first costs less than it saves
 
 
 def _mosaic_block_matmul(x, weight, out_dtype, activation):
@@ -74,6 +75,20 @@ def _triton_fits(target: Target, x, weight, out_dtype, activation=None) -> bool:
     return right_x and right_out and right_size
 
 
+def _decoded_block_diagonal_matmul(x, weight, out_dtype):
+    return reference.block_diagonal_matmul(x, dequantize(weight, jnp.bfloat16), out_dtype)
+
+
+def _decoded_fits(target: Target, x, weight, out_dtype) -> bool:
+    """Many tokens, to which a weight is exact in bfloat16."""
+    tokens = x.size // (x.shape[-2] * x.shape[-1])
+    return (
+        tokens >= MANY_TOKENS
+        and _triton_fits(target, x, weight, out_dtype)
+        and weight.scale.dtype == jnp.uint8
+    )
+
+
 def _triton_fits_diagonal(target: Target, x, weight, out_dtype) -> bool:
     whole_tiles = weight.shape[0] // x.shape[-2] % 16 == 0
     return whole_tiles and not isinstance(x, QuantArray) and _triton_fits(target, x, weight, out_dtype)
@@ -86,6 +101,7 @@ MATMUL = (
     Implementation("reference", reference.block_matmul),
 )
 DIAGONAL = (
+    Implementation("xla", _decoded_block_diagonal_matmul, fits=_decoded_fits),
     Implementation("triton", _triton_block_diagonal_matmul, fits=_triton_fits_diagonal),
     Implementation("reference", reference.block_diagonal_matmul),
 )
