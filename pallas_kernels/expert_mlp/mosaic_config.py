@@ -179,8 +179,7 @@ _four = functools.partial(deepest, consumers=4, blocks=2)
 CONFIGS = (
     (14, _four((16,))),
     (26, _four((32,))),
-    (84, _four((64,))),
-    (116, deepest((64, 64))),
+    (116, _four((64,))),
     (2**31, deepest((64, 64, 48, 48))),
 )
 
