@@ -370,7 +370,9 @@ class Engine:
     def _placed(self, rows: Any) -> Any:
         """The same arrays, placed as programs will give them back: else all that take them compile twice."""
         rows = settled(rows)
-        return rows if self.model.mesh else jax.device_put(rows, jax.tree.leaves(self.model.params)[0].sharding)
+        if self.model.mesh:
+            return rows
+        return jax.device_put(rows, jax.tree.leaves(self.model.params)[0].sharding)
 
     def _empty(self) -> Sequences:
         slots, drafts = self.slots, self.draft_tokens

@@ -179,8 +179,8 @@ def as_numbers() -> Callable[[LoadedModel], LoadedModel]:
 def shallow(as_numbers: Callable[[LoadedModel], LoadedModel]) -> Callable[..., LoadedModel]:
     """Cuts tiny-fp4 to some of its layers: few compile sooner.
 
-    Layer 0 is SWA, 1 CSA, both routed by token id; 2 is HCA, routed by score. With the MTP head, which is SWA,
-    the last two hold every module there is. Weights are decoded unless `quantised`.
+    Layer 0 is SWA, 1 CSA, both routed by token id; 2 is HCA, routed by score. The last two hold every module
+    there is together with the MTP head, which is SWA. Weights are decoded unless `quantised`.
     """
 
     def cut(loaded: LoadedModel, *layers: int, quantised: bool = False) -> LoadedModel:
