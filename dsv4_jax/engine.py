@@ -193,10 +193,7 @@ class Engine:
         with self._context():
             self._free = on_all(jnp.full((self.steps_at_once, slots), FREE, jnp.int32))
             self._requests = settled(_idle(slots))
-            self._sequences, self._last = settled(self._empty()), settled(self._empty_last())
-            if not model.mesh:  # bound to the device, as programs will give them back: else all compile twice
-                device = jax.tree.leaves(model.params)[0].sharding
-                self._sequences, self._last = jax.device_put((self._sequences, self._last), device)
+            self._sequences, self._last = self._placed((self._empty(), self._empty_last()))
         self._numbers = itertools.count()
         self._waiting: collections.deque[_Request] = collections.deque()
         self._running: dict[int, _Request] = {}  # by slot
@@ -370,6 +367,13 @@ class Engine:
         head = make_mtp_cache(config, numerics, **self._sizes) if self.draft_tokens else None
         return Caches(make_cache(config, numerics, **self._sizes), head)
 
+    def _placed(self, rows: Any) -> Any:
+        """The same arrays, placed as programs will give them back: else all that take them compile twice."""
+        rows = settled(rows)
+        if self.model.mesh:
+            return rows
+        return jax.device_put(rows, jax.tree.leaves(self.model.params)[0].sharding)
+
     def _empty(self) -> Sequences:
         slots, drafts = self.slots, self.draft_tokens
         none = jnp.zeros(slots, jnp.int32)
@@ -417,7 +421,7 @@ class Engine:
         vocab_size = self.model.config.vocab_size
         if self._penalised is None:
             none = Penalties.stack([SamplingParams()] * self.slots)
-            self._penalised = settled((none, Said.nothing(self.slots, vocab_size)))
+            self._penalised = self._placed((none, Said.nothing(self.slots, vocab_size)))
         row = Penalties.stack([request.sampling]), Said.prompt_of(request.ids, vocab_size)
         slot = np.int32(request.slot)  # type: ignore[arg-type]
         self._penalised = set_row(self._penalised, row, slot)

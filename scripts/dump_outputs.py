@@ -44,6 +44,12 @@ def room(tokens: int) -> int:
     return -(-tokens // 128) * 128
 
 
+def read(config: Config, params, ids, position, length, cache):
+    """`prefill` of arguments placed as results of calls are: so all calls of a size are one program."""
+    placed = jax.device_put((ids, position, length, cache), jax.devices()[0])
+    return prefill(config, PLAIN, params, *placed)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(config: Config, params, ids, position, cache):
     """Streams after every block, logits of every token, and the cache."""
@@ -74,7 +80,7 @@ def plain(loaded: LoadedModel, inputs: dict[str, np.ndarray], steps: int) -> dic
     out["plain/argmax_all"] = logits.argmax(-1).astype(jnp.int16)
     out["plain/logits_all_sample"] = logits[..., inputs["in/plain/sample_token_ids"]]
 
-    last, cache = prefill(config, PLAIN, params, ids[:, :prompt], start, whole, cache)
+    last, cache = read(config, params, ids[:, :prompt], start, whole, cache)
     out["plain/prefill_last_logits"] = last
     rows = []
     for position in range(prompt, total):
@@ -117,10 +123,15 @@ def _mtp(loaded: LoadedModel, inputs, ids: jax.Array, prompt: int, streams) -> d
     }
 
 
-def greedy(loaded: LoadedModel, prompts: dict[str, np.ndarray], tokens: int = 32) -> dict[str, np.ndarray]:
+def greedy(
+    loaded: LoadedModel, prompts: dict[str, np.ndarray], tokens: int = 32, like: tuple[int, int] = (0, 0)
+) -> dict[str, np.ndarray]:
     """Keys greedyN/...: the continuation, and the logits that choose its first and last token.
 
     All prompts are rows of one batch, each padded to the longest.
+
+    Args:
+      like: tokens to read at once, and in all, at least: with those of `plain` its program reads these too.
     """
     if not prompts:
         return {}
@@ -128,18 +139,16 @@ def greedy(loaded: LoadedModel, prompts: dict[str, np.ndarray], tokens: int = 32
     lengths = jnp.array([prompt.shape[1] for prompt in prompts.values()], jnp.int32)
     batch, longest = len(prompts), max(int(lengths.max()), tokens - 1)
     ids = np.stack([np.pad(prompt[0], (0, longest - prompt.shape[1])) for prompt in prompts.values()])
-    ids, max_len = jnp.asarray(ids, jnp.int32), room(longest + tokens)
+    ids, max_len = jnp.asarray(ids, jnp.int32), room(max(longest + tokens, like[1]))
     sampling = SamplingArrays.stack([SamplingParams(temperature=0.0)] * batch)
     requests = Requests(sampling, jnp.full(batch, tokens), jnp.zeros(batch, bool))
     written = generate(config, PLAIN, params, ids, lengths, requests, max_new=tokens, max_len=max_len).tokens
 
-    def read(*tokens_and_cache):  # placed, as results of calls are: so both calls are one program
-        return prefill(config, PLAIN, params, *jax.device_put(tokens_and_cache, jax.devices()[0]))
-
     cache = make_cache(config, PLAIN, batch=batch, max_len=max_len)
-    first, cache = read(ids, jnp.zeros_like(lengths), lengths, cache)
+    ids = jnp.pad(ids, ((0, 0), (0, max(0, like[0] - longest))))
+    first, cache = read(config, params, ids, jnp.zeros_like(lengths), lengths, cache)
     again = jnp.zeros_like(ids).at[:, : tokens - 1].set(written[:, :-1])  # the last token is not read back
-    last, _ = read(again, lengths, jnp.full_like(lengths, tokens - 1), cache)
+    last, _ = read(config, params, again, lengths, jnp.full_like(lengths, tokens - 1), cache)
     out = {}
     for row, name in enumerate(prompts):
         out[f"{name}/tokens"] = written[row, None].astype(jnp.int16)
@@ -202,8 +211,11 @@ def ascending(chosen: np.ndarray) -> np.ndarray:
 def outputs(loaded: LoadedModel, inputs: dict[str, np.ndarray], only: str | None) -> dict[str, np.ndarray]:
     """All outputs that the inputs ask for, or those of one numeric mode."""
     out: dict[str, np.ndarray] = {}
+    like = 0, 0
     if "in/plain/input_ids" in inputs and only != "kvquant":
         steps = inputs["plain/decode_logits"].shape[0] if "plain/decode_logits" in inputs else 40
+        total = inputs["in/plain/input_ids"].shape[1]
+        like = total - steps, total
         out |= plain(loaded, inputs, steps)
     if only != "kvquant":
         prompts = {
@@ -211,7 +223,7 @@ def outputs(loaded: LoadedModel, inputs: dict[str, np.ndarray], only: str | None
             for key, value in inputs.items()
             if (match := re.fullmatch(r"in/(\w+)/prompt", key))
         }
-        out |= greedy(loaded, prompts)
+        out |= greedy(loaded, prompts, like=like)
     if "in/kvquant/input_ids" in inputs and only != "plain":
         out |= kvquant(loaded, inputs)
     return out

@@ -177,21 +177,23 @@ def as_numbers() -> Callable[[LoadedModel], LoadedModel]:
 
 @pytest.fixture(scope="session")
 def shallow(as_numbers: Callable[[LoadedModel], LoadedModel]) -> Callable[..., LoadedModel]:
-    """Cuts tiny-fp4 to its first layers, which compile sooner; three hold every module there is.
+    """Cuts tiny-fp4 to some of its layers: few compile sooner.
 
-    They are an SWA and a CSA layer routed by token id, and an HCA layer routed by score. Weights are decoded
-    unless `quantised`.
+    Layer 0 is SWA, 1 CSA, both routed by token id; 2 is HCA, routed by score. The last two hold every module
+    there is together with the MTP head, which is SWA. Weights are decoded unless `quantised`.
     """
 
-    def cut(loaded: LoadedModel, count: int = 3, quantised: bool = False) -> LoadedModel:
+    def cut(loaded: LoadedModel, *layers: int, quantised: bool = False) -> LoadedModel:
+        layers = layers or (1, 2)
+        main, hashed = loaded.config.main_ratios, loaded.config.num_hash_layers
         config = dataclasses.replace(
             loaded.config,
-            num_hidden_layers=count,
-            num_hash_layers=min(count, loaded.config.num_hash_layers),
-            compress_ratios=(*loaded.config.main_ratios[:count], 0),
+            num_hidden_layers=len(layers),
+            num_hash_layers=sum(layer < hashed for layer in layers),
+            compress_ratios=(*[main[layer] for layer in layers], 0),
         )
-        layers = {layer: loaded.params["layers"][layer] for layer in range(count)}
-        few = dataclasses.replace(loaded, config=config, params=loaded.params | {"layers": layers})
+        kept = {place: loaded.params["layers"][layer] for place, layer in enumerate(layers)}
+        few = dataclasses.replace(loaded, config=config, params=loaded.params | {"layers": kept})
         return few if quantised else as_numbers(few)
 
     return cut

@@ -17,7 +17,7 @@ LENGTH = 300  # tokens: more entries than the indexer may choose
 
 @pytest.fixture(scope="module")
 def model(tiny_fp4, shallow) -> LoadedModel:
-    loaded = shallow(tiny_fp4.loaded, quantised=True)
+    loaded = shallow(tiny_fp4.loaded, 0, 1, 2, quantised=True)
     return dataclasses.replace(loaded, mtp_params=None)
 
 

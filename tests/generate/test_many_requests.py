@@ -150,7 +150,7 @@ def _allocated() -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize(("draft_tokens", "count"), [(0, 1000), (2, 200)], ids=["k=0", "k=2"])
 def test_many_requests(tiny_fp4, shallow, draft_tokens, count):
-    model = shallow(tiny_fp4.loaded)
+    model = shallow(tiny_fp4.loaded, 0, 1, 2)
     config = dataclasses.replace(model.config, max_position_embeddings=4096)
     engine = Engine(
         dataclasses.replace(model, config=config),

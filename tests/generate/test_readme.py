@@ -14,7 +14,7 @@ README = Path(__file__).parents[2] / "README.md"
 def test_generate_runs_inside_a_users_jit(monkeypatch, tiny_fp4, shallow):
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     (example,) = (block for block in blocks if "@jax.jit" in block)
-    loaded, found = shallow(tiny_fp4.loaded, 1, quantised=True), {}
+    loaded, found = shallow(tiny_fp4.loaded, 0, quantised=True), {}
     monkeypatch.setattr(dsv4_jax, "load", lambda folder: loaded)
 
     exec(example, found)

@@ -258,7 +258,7 @@ def test_an_answer_ends_in_the_middle_of_drafts(tiny_fp4, shallow, ending_with, 
 
 
 def test_drafts_are_what_the_head_says_of_the_text_read_at_once(tiny_fp4, shallow):
-    loaded, k, new = shallow(tiny_fp4.loaded, 2), 2, 12
+    loaded, k, new = shallow(tiny_fp4.loaded, 1), 2, 12
     config, sizes = loaded.config, {"batch": 4, "max_len": int(LENGTHS.max()) + new, "max_draft": k}
     requests, ids = asked(4, new), prompts(config.vocab_size, LENGTHS)
     main = bind(config, PLAIN, loaded.params)

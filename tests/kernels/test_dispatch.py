@@ -251,7 +251,7 @@ def test_compiled_programs_of_two_choices_are_two(monkeypatch):
 
 
 def test_the_model_traces_what_is_chosen(on_mi350, tiny_fp4, shallow):
-    model: LoadedModel = shallow(tiny_fp4.loaded, quantised=True)
+    model: LoadedModel = shallow(tiny_fp4.loaded, 0, 1, 2, quantised=True)
     cache = make_cache(model.config, OFFICIAL, batch=1, max_len=128)
     step = functools.partial(decode_step, model.config, OFFICIAL)
     arguments = (model.params, jnp.ones(1, jnp.int32), jnp.zeros(1, jnp.int32), cache)

@@ -58,7 +58,7 @@ class Tiny:
 
 @pytest.fixture(scope="module")
 def tiny(tiny_fp4, shallow) -> Tiny:
-    loaded = shallow(tiny_fp4.loaded)
+    loaded = shallow(tiny_fp4.loaded, 0, 1, 2)
     return Tiny(loaded.config, loaded.params)
 
 
