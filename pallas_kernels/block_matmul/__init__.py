@@ -12,6 +12,7 @@ from pallas_kernels.formats import QuantArray, dequantize
 from pallas_kernels.target import Target, current_target
 
 MOST_NUMBERS = 2**31  # the kernels' offsets have 32 bits
+MOST_PLAIN_ROWS = 8192
 MANY_TOKENS = 1024  # from which on decoding the weight of `wo_a` first costs less than it saves
 
 
@@ -94,9 +95,24 @@ def _triton_fits_diagonal(target: Target, x, weight, out_dtype) -> bool:
     return whole_tiles and not isinstance(x, QuantArray) and _triton_fits(target, x, weight, out_dtype)
 
 
+def _triton_plain_matmul(x, weight, out_dtype, activation):
+    from pallas_kernels.block_matmul import triton
+
+    return triton.plain_matmul(x, weight, out_dtype)
+
+
+def _triton_fits_plain(target: Target, x, weight, out_dtype, activation) -> bool:
+    """A token and a small weight in bfloat16: XLA reads the head at the memory's speed, but no small ones."""
+    if target.arch not in ("sm_90", "sm_100") or isinstance(x, QuantArray) or isinstance(weight, QuantArray):
+        return False
+    one = x.size == x.shape[-1] and x.dtype == weight.dtype == jnp.bfloat16
+    return one and weight.shape[0] <= MOST_PLAIN_ROWS and weight.shape[1] % BLOCK == 0
+
+
 MATMUL = (
     Implementation("mosaic", _mosaic_block_matmul, fits=_mosaic_is_faster),
     Implementation("triton", _triton_block_matmul, fits=_triton_fits),
+    Implementation("triton", _triton_plain_matmul, fits=_triton_fits_plain, proven=False),
     Implementation("mosaic", _mosaic_block_matmul, fits=_mosaic_fits),
     Implementation("reference", reference.block_matmul),
 )

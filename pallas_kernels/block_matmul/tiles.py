@@ -81,7 +81,7 @@ def _by_rule(arch: str, operand: Operand, tokens: int, rows: int, columns: int, 
             return Tile(16, min(busy, 32), span=span, num_warps=span, num_stages=2)
         return Tile(32 if tokens <= 32 else 64, min(64, most), num_stages=2)
     if tokens == 1:
-        return _streamed(rows, columns, most)
+        return streamed_tile(rows, columns, most=most)
     if tokens <= 16:
         few = 8 if tokens <= 8 else 16
         span = math.gcd(blocks, 8 if busy == 16 else 4)
@@ -99,9 +99,9 @@ def _by_rule(arch: str, operand: Operand, tokens: int, rows: int, columns: int, 
     return Tile(64, wide, stack=2, num_stages=3)
 
 
-def _streamed(rows: int, columns: int, most: int) -> Tile:
+def streamed_tile(rows: int, columns: int, itemsize: int = 1, most: int = 128) -> Tile:
     """For one token: as many rows as make 32 KiB, 128 bytes a thread, while two programs an SM remain."""
-    size = 1 << (columns - 1).bit_length()
+    size = itemsize << (columns - 1).bit_length()
     few = max(1, min(most, 32768 // size))
     while few > 1 and rows // few < 2 * PROGRAMS:
         few //= 2

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from pallas_kernels.activation_quant.triton import quantized
-from pallas_kernels.block_matmul.tiles import BLOCK, Operand, Tile, tile_for
+from pallas_kernels.block_matmul.tiles import BLOCK, Operand, Tile, streamed_tile, tile_for
 from pallas_kernels.formats import E4M3_MAX, FORMATS, QuantArray
 from pallas_kernels.target import current_target
 from pallas_kernels.triton_call import Engine, triton_call
@@ -106,7 +106,10 @@ def _streamed(
 
     block, column = tl.arange(0, WIDTH // 128), tl.arange(0, 128)
     inside = block < BLOCKS
-    scale = _number(tl.load(w_scale + (first_row // 128 * BLOCKS + block), mask=inside, other=0))
+    PLAIN: tl.constexpr = w.dtype.element_ty == tl.bfloat16
+    scale = tl.full((WIDTH // 128,), 1.0, tl.float32)
+    if not PLAIN:
+        scale = _number(tl.load(w_scale + (first_row // 128 * BLOCKS + block), mask=inside, other=0))
     if x.dtype.element_ty != tl.bfloat16:
         scale *= _number(tl.load(x_scale + (place * BLOCKS + block), mask=inside, other=0))
     x_at = x + (place * K + block[:, None] * 128 + column[None, :])
@@ -331,6 +334,23 @@ def block_matmul(
     """See `pallas_kernels.block_matmul`; `activation` quantises a single token on its way in."""
     out = _launch(x, 1, weight, out_dtype, activation, tile, engine)
     return out.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def plain_matmul(x: jax.Array, weight: jax.Array, out_dtype) -> jax.Array:
+    """Of a single token, where neither is quantised."""
+    rows, columns = weight.shape
+    tile = streamed_tile(rows, columns, 2)
+    out = triton_call(
+        _streamed,
+        *(x, x, weight, x),  # nothing has scales
+        out=jax.ShapeDtypeStruct((1, rows), out_dtype),
+        grid=(-(-rows // tile.rows), 1),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        **{"M": 1, "N": rows, "K": columns, "GROUPS": 1, "ROWS": tile.rows},
+        **{"WIDTH": 1 << (columns - 1).bit_length(), "FLOOR": 0.0, "MOST": E4M3_MAX},
+    )
+    return out.reshape(*x.shape[:-1], rows)
 
 
 def block_diagonal_matmul(

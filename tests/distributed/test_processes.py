@@ -48,13 +48,12 @@ def start(*arguments: str | Path, devices: int = 4) -> subprocess.Popen[str]:
 
 
 @pytest.fixture(scope="module")
-def together(wide: Path, text_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def together(wide: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What two processes did, and what this one did alone."""
     pair, alone = (tmp_path_factory.mktemp(name) for name in ("pair", "alone"))
     coordinator = f"127.0.0.1:{free_port()}"
-    where = wide, text_checkpoint, pair, coordinator
-    processes = [start(worker.__file__, *where, "2", str(number)) for number in range(2)]
-    expected = worker.run(wide, text_checkpoint, alone)
+    processes = [start(worker.__file__, wide, pair, coordinator, "2", str(number)) for number in range(2)]
+    expected = worker.run(wide, alone)
     for process in processes:
         _, said = process.communicate(timeout=300)
         assert process.returncode == 0, said

@@ -39,19 +39,15 @@ def parts(model: LoadedModel) -> dict[str, str]:
     }
 
 
-def run(checkpoint: Path, served: Path, folder: Path) -> dict[str, Any]:
-    """Loads, generates, answers a file, converts and restores; `folder` is the same for all processes.
-
-    Args:
-      served: the checkpoint that generates and answers.
-    """
+def run(checkpoint: Path, folder: Path) -> dict[str, Any]:
+    """Loads, generates, answers a file, converts and restores; `folder` is the same for all processes."""
     found: dict[str, Any] = {"loads": []}
     for sizes, rules in LAYOUTS:
         loaded = load(checkpoint, mtp=True, mesh=make_mesh(*sizes), rules=rules)
         found["loads"].append({"nbytes": loaded.nbytes_read, "parts": parts(loaded)})
 
     mesh = make_mesh(*SERVING)
-    llm = LLM.from_pretrained(served, mesh=mesh, rules="dp-attention", numerics=PLAIN, max_len=64)
+    llm = LLM.from_pretrained(checkpoint, mesh=mesh, rules="dp-attention", numerics=PLAIN, max_len=64)
     greedy = SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True, logprobs=True)
     drawn = SamplingParams(max_tokens=3, temperature=2.0, top_k=50, seed=1, ignore_eos=True, logprobs=True)
     answers = llm.generate(PROMPTS, [greedy, drawn, greedy, drawn])
@@ -72,10 +68,10 @@ def run(checkpoint: Path, served: Path, folder: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    checkpoint, served, folder, coordinator, processes, number = sys.argv[1:]
+    checkpoint, folder, coordinator, processes, number = sys.argv[1:]
     init_distributed(coordinator, int(processes), int(number), patience=60)
     try:
-        found = run(Path(checkpoint), Path(served), Path(folder))
+        found = run(Path(checkpoint), Path(folder))
     except BaseException:
         traceback.print_exc()
         leave(1)  # the other one need not wait for this one

@@ -148,6 +148,19 @@ def test_a_single_token_is_quantised_in_the_product_where_a_program_has_all_of_i
         assert "_streamed" not in [launch.kernel.__name__ for launch in one]
 
 
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
+@pytest.mark.parametrize("rows", [256, 1024, 2624])
+def test_a_token_by_a_plain_weight_is_streamed_if_it_is_asked_for(rows, arch):
+    x, weight = jax.ShapeDtypeStruct((1, 1, 4096), BF16), jax.ShapeDtypeStruct((rows, 4096), BF16)
+
+    with assume(Target("cuda", arch)):
+        unproven = triton_call.launches(block_matmul, x, weight, out_dtype=F32)
+        (launch,) = triton_call.launches(block_matmul, x, weight, out_dtype=F32, implementation="triton")
+
+    assert not unproven
+    assert PLAIN[arch] in triton_call.compile_offline(launch, arch).assembly
+
+
 # --- tiles
 
 
@@ -240,7 +253,7 @@ PLAIN = jax.ShapeDtypeStruct((3, 256), BF16)
     ],
 )
 def test_the_kernels_take(target, x, weight, out_dtype, fits):
-    (implementation,) = (each for each in MATMUL if each.name == "triton")
+    implementation = next(each for each in MATMUL if each.name == "triton")
 
     assert implementation.fits(target, x, weight, out_dtype) is fits
 
@@ -249,7 +262,8 @@ def test_the_kernels_take(target, x, weight, out_dtype, fits):
 def test_the_grouped_kernel_takes_groups_of(rows, fits):
     x, weight = jax.ShapeDtypeStruct((3, 2, 256), BF16), fp8(2 * rows, 256, "fp8_block128")
 
-    assert DIAGONAL[0].fits(H200, x, weight, BF16) is fits
+    implementation = next(each for each in DIAGONAL if each.name == "triton")
+    assert implementation.fits(H200, x, weight, BF16) is fits
 
 
 def test_other_columns_are_refused_with_the_multiple_that_is_missing():
@@ -361,6 +375,18 @@ def test_every_kind_of_tile_is_right_where_it_does_not_fit(tile, operand, tokens
 
     expected = block_matmul(x, weight, out_dtype=F32, implementation="reference")
     assert relative_error(found, expected) <= BOUNDS[operand][F32]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("rows", "columns"), [(256, 4096), (2624, 4096), (37, 384)])
+def test_a_token_by_a_plain_weight_is_what_the_definition_gives(rows, columns):
+    x, weight = (jax.random.normal(jax.random.key(n), (n, columns)).astype(BF16) for n in (1, rows))
+
+    found = jax.jit(functools.partial(block_matmul, out_dtype=F32, implementation="triton"))(x, weight)
+
+    exact = np.float64(x) @ np.float64(weight).T
+    largest = np.abs(np.float64(x)) @ np.abs(np.float64(weight)).T
+    assert (np.abs(found - exact) <= columns * 2.0**-24 * largest).all()  # each addition may round
 
 
 @pytest.mark.gpu
