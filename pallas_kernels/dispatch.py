@@ -28,7 +28,7 @@ class Implementation:
     """One way to compute an op.
 
     Attributes:
-      name: "reference", "triton" or "mosaic".
+      name: "reference", "triton", "mosaic", or "xla" for what XLA makes of another form of the definition.
       run: the function; all implementations of an op share one signature.
       fits: whether `run` works on a target, given the op's own arguments.
       proven: whether it was held against the definition on a device; until then it runs only if asked for.
