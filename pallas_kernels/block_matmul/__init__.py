@@ -26,7 +26,7 @@ def _mosaic_block_matmul(x, weight, out_dtype, activation):
     return mosaic.block_matmul(x, weight, out_dtype, config=config)
 
 
-def _mosaic_fits(target: Target, x, weight, out_dtype, activation) -> bool:
+def _mosaic_fits(target: Target, x, weight, out_dtype, activation=None) -> bool:
     if target.vendor != "cuda" or target.arch != "sm_90":
         return False
     from pallas_kernels.block_matmul import mosaic_config
@@ -34,7 +34,7 @@ def _mosaic_fits(target: Target, x, weight, out_dtype, activation) -> bool:
     return mosaic_config.takes(x, weight, out_dtype)
 
 
-def _mosaic_is_faster(target: Target, x, weight, out_dtype, activation) -> bool:
+def _mosaic_is_faster(target: Target, x, weight, out_dtype, activation=None) -> bool:
     """Than Triton's kernel."""
     if not _mosaic_fits(target, x, weight, out_dtype, activation):
         return False
@@ -101,7 +101,7 @@ def _triton_plain_matmul(x, weight, out_dtype, activation):
     return triton.plain_matmul(x, weight, out_dtype)
 
 
-def _triton_fits_plain(target: Target, x, weight, out_dtype, activation) -> bool:
+def _triton_fits_plain(target: Target, x, weight, out_dtype, activation=None) -> bool:
     """A token and a small weight in bfloat16: XLA reads the head at the memory's speed, but no small ones."""
     if target.arch not in ("sm_90", "sm_100") or isinstance(x, QuantArray) or isinstance(weight, QuantArray):
         return False

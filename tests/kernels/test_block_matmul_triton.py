@@ -158,7 +158,7 @@ def test_a_token_by_a_plain_weight_is_streamed_if_it_is_asked_for(rows, arch):
         (launch,) = triton_call.launches(block_matmul, x, weight, out_dtype=F32, implementation="triton")
 
     assert not unproven
-    assert PLAIN[arch] in triton_call.compile_offline(launch, arch).assembly
+    assert "fma.rn.f32" in triton_call.compile_offline(launch, arch).assembly
 
 
 # --- tiles

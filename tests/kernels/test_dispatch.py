@@ -202,7 +202,7 @@ def test_the_log_names_quantised_arguments_and_an_op_without_kernels(on_mi350, c
     swiglu_without_kernel = (Implementation("reference", reference),)
     select(swiglu_without_kernel, None, TAKEN)
 
-    call = "block_matmul(float32[1, 256], QuantArray[128, 256], bfloat16)"
+    call = "block_matmul(float32[1, 256], QuantArray[128, 256], bfloat16, None)"
     assert [record.getMessage() for record in caplog.records] == [
         f"block_matmul runs its reference on gfx950: no kernel takes {call}",
         "swiglu runs its reference on gfx950: reference has no proven kernel yet",
