@@ -81,16 +81,26 @@ class Event:
       logprobs: of these under the model, before temperature.
       finish_reason: None while it goes on; then "stop" at an EOS, "length" at its maximum, "error" where
         logits were not finite numbers, "cancelled".
-      drafted: tokens that were drafted for it.
-      accepted: how many of the new tokens are such drafts.
+      draft_steps: how many of the steps had drafts.
+      accepted_at: in how many of them the first draft stood, the second, and so on.
     """
 
     request: int
     token_ids: list[int]
     logprobs: list[float]
     finish_reason: FinishReason | None
-    drafted: int = 0
-    accepted: int = 0
+    draft_steps: int = 0
+    accepted_at: tuple[int, ...] = ()
+
+    @property
+    def drafted(self) -> int:
+        """Tokens that were drafted for it."""
+        return self.draft_steps * len(self.accepted_at)
+
+    @property
+    def accepted(self) -> int:
+        """How many of the new tokens are such drafts."""
+        return sum(self.accepted_at)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -552,10 +562,9 @@ class Engine:
                 reason = "stop"
             elif request.left == 0:
                 reason = "length"
-            took = np.count_nonzero((row.count > 0) | row.not_finite)
-            events.append(
-                Event(request.number, tokens, logprobs, reason, int(took) * drafted, int(row.accepted.sum()))
-            )
+            took = int(np.count_nonzero((row.count > 0) | row.not_finite)) if drafted else 0
+            stood = tuple(int(np.count_nonzero(row.accepted > place)) for place in range(drafted))
+            events.append(Event(request.number, tokens, logprobs, reason, took, stood))
             if reason == "error":
                 self._clear(slot)
             if reason is not None:

@@ -69,8 +69,6 @@ class GenerationOutput:
       finish_reason: "stop" at an EOS or a stop string, "length" at max_tokens, "error" where logits were not
         finite.
       stop_string: the one that ended it; its tokens are in `token_ids`.
-      drafted: tokens that the MTP head drafted for it.
-      accepted: tokens of the answer that were such drafts.
       accepted_at: in how many steps the first draft stood, the second, and so on; empty without drafts.
       draft_steps: steps that had drafts.
       first_token_seconds: from when it got a slot to its first token; compiling left out.
@@ -85,13 +83,21 @@ class GenerationOutput:
     logprob_sum: float
     finish_reason: FinishReason
     stop_string: str | None
-    drafted: int
-    accepted: int
     accepted_at: tuple[int, ...]
     draft_steps: int
     first_token_seconds: float
     seconds: float
     timings: Timings
+
+    @property
+    def drafted(self) -> int:
+        """Tokens that the MTP head drafted for it."""
+        return self.draft_steps * len(self.accepted_at)
+
+    @property
+    def accepted(self) -> int:
+        """Tokens of the answer that were such drafts."""
+        return sum(self.accepted_at)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -514,9 +520,7 @@ class LLM:
             logprob_sum=float(sum(found.logprobs)),
             finish_reason=found.finish_reason,
             stop_string=one.stop.found if one.stop else None,
-            drafted=found.drafted,
-            accepted=found.accepted,
-            accepted_at=tuple(found.accepted_at),
+            accepted_at=found.accepted_at,
             draft_steps=found.draft_steps,
             first_token_seconds=found.first_at - one.started,
             seconds=found.last_at - one.started,
@@ -539,9 +543,7 @@ class _Collected:
     token_ids: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
     finish_reason: FinishReason | None = None
-    drafted: int = 0
-    accepted: int = 0
-    accepted_at: list[int] = dataclasses.field(default_factory=list)
+    accepted_at: tuple[int, ...] = ()
     draft_steps: int = 0
     first_at: float = 0.0
     last_at: float = 0.0
@@ -552,13 +554,10 @@ class _Collected:
         self.token_ids += event.token_ids
         self.logprobs += event.logprobs
         self.finish_reason = event.finish_reason
-        self.drafted += event.drafted
-        self.accepted += event.accepted
-        if event.drafted:
-            self.draft_steps += 1
-            self.accepted_at += [0] * (event.drafted - len(self.accepted_at))
-            for place in range(event.accepted):
-                self.accepted_at[place] += 1
+        if event.draft_steps:
+            self.draft_steps += event.draft_steps
+            before = self.accepted_at or (0,) * len(event.accepted_at)
+            self.accepted_at = tuple(map(sum, zip(before, event.accepted_at, strict=True)))
 
 
 def _until(text: AnswerText, ids: Sequence[int]) -> int | None:

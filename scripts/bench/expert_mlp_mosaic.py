@@ -49,9 +49,12 @@ def parse(text: str, case: Case) -> FewConfig | Configs:
         columns = max(case.bench.config.hidden_size, case.bench.config.moe_intermediate_size)
         config = deepest_few(columns, tokens, terms=terms, blocks=blocks, ahead=ahead)
         return config._replace(stages=stages or config.stages)
+    sharers = 2 if rest[-1] == "shared" else 1
+    rest = rest[: len(rest) - sharers + 1]
     *shorter, widths = (tuple(map(int, each.split("+"))) for each in first.split("/"))
     waves, consumers, blocks, *stages = map(int, rest)
-    configs = deepest(widths, shorter=tuple(shorter), waves=waves, consumers=consumers, blocks=blocks)
+    cut = {"waves": waves, "consumers": consumers, "blocks": blocks, "sharers": sharers}
+    configs = deepest(widths, shorter=tuple(shorter), **cut)
     if stages:
         configs = Configs(*(each._replace(stages=n) for each, n in zip(configs, stages, strict=True)))
     return configs

@@ -45,7 +45,7 @@ class Parrot:
             yield (
                 place,
                 GenerationOutput(
-                    ids, ids, f"{ids} 日", None, -1.5, "length", None, 0, 0, (), 0, 0.0, 0.0, NO_TIME
+                    ids, ids, f"{ids} 日", None, -1.5, "length", None, (), 0, 0.0, 0.0, NO_TIME
                 ),
             )
 

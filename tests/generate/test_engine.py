@@ -101,6 +101,28 @@ def test_each_request_gets_what_it_gets_alone_bit_for_bit(engine):
     assert not engine.busy
 
 
+def test_events_count_each_step_and_where_its_drafts_stood(engine):
+    requests = made_up(6, seed=2)
+    numbers = [engine.add(*each) for each in requests]
+    steps, stood = dict.fromkeys(numbers, 0), dict.fromkeys(numbers, 0)
+
+    for event in engine.run():
+        at = event.accepted_at
+        assert len(at) == engine.draft_tokens or not event.draft_steps
+        assert sorted(at, reverse=True) == list(at)  # a draft stands only if those before it do
+        assert all(count <= event.draft_steps for count in at)
+        steps[event.request] += event.draft_steps
+        stood[event.request] += event.accepted
+
+    for number, (_, sampling) in zip(numbers, requests, strict=True):
+        after_first = sampling.max_tokens - 1
+        if engine.draft_tokens and after_first:
+            # A step brings what stood and one token more, if there is room for that.
+            assert steps[number] + stood[number] - after_first in (0, 1)
+        else:
+            assert steps[number] == stood[number] == 0
+
+
 def test_the_engine_says_what_generate_says(engine):
     requests = [(ids, dataclasses.replace(each, temperature=0.0)) for ids, each in made_up(4, seed=1)]
     numbers = [engine.add(*each) for each in requests]

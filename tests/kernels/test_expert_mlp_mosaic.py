@@ -161,6 +161,7 @@ CASES = [
     pytest.param(Config((64,), ((32,), (48,)), consumers=4, blocks=2), id="four, two blocks, narrower"),
     pytest.param(Config((64, 48, 16), ((32,), (64, 16))), id="two warpgroups, three products, narrower"),
     pytest.param(Config((32, 16), waves=2), id="two waves of two products"),
+    pytest.param(Config((64, 64)), id="two warpgroups, 128 tokens"),
 ]
 
 
