@@ -112,7 +112,7 @@ def _triton_fits_plain(target: Target, x, weight, out_dtype, activation=None) ->
 MATMUL = (
     Implementation("mosaic", _mosaic_block_matmul, fits=_mosaic_is_faster),
     Implementation("triton", _triton_block_matmul, fits=_triton_fits),
-    Implementation("triton", _triton_plain_matmul, fits=_triton_fits_plain, proven=False),
+    Implementation("triton", _triton_plain_matmul, fits=_triton_fits_plain),
     Implementation("mosaic", _mosaic_block_matmul, fits=_mosaic_fits),
     Implementation("reference", reference.block_matmul),
 )

@@ -34,8 +34,8 @@ class Config(NamedTuple):
         the first's product.
       consumers: warpgroups that multiply, 2 or 4: more hide each other's waiting, fewer have more registers.
       room: tokens of a tile as they lie in shared memory; those of `widths` if 0.
-      sharers: programs, 1 or 2, that work on the same tokens by other rows side by side: each reads its part of
-        the activations and writes it to the shared memory of both.
+      sharers: programs, 1 or 2, that work on the same tokens by other rows: each reads its part of the
+        activations and writes it to the shared memory of both.
       without: work to leave out, for measuring what it costs; the result is wrong then. "products" leaves
         one of four to the tensor core.
     """

@@ -183,7 +183,8 @@ def many_way(configs: Configs) -> Way:
         return mosaic_many.planned_mlp(x, planned, shares, w13, w2, LIMIT, configs)
 
     shown = [
-        f"{'+'.join(map(str, each.widths))} {each.waves} {each.consumers} {each.blocks}x{each.stages}{' shared' * (each.sharers - 1)}"
+        f"{'+'.join(map(str, each.widths))} {each.waves} {each.consumers} {each.blocks}x{each.stages}"
+        + " shared" * (each.sharers - 1)
         for each in configs
     ]
     return Way("mosaic w4a8", configs.gate_up.tokens, products, mlp, " / ".join(shown))
