@@ -96,7 +96,7 @@ class GenerationOutput:
 
     @property
     def accepted(self) -> int:
-        """Tokens of the answer that were such drafts."""
+        """Drafts that stood, those behind a stop string too."""
         return sum(self.accepted_at)
 
 
@@ -576,7 +576,6 @@ def _ended(event: Event, count: int) -> Event:
         token_ids=event.token_ids[:count],
         logprobs=event.logprobs[:count],
         finish_reason="stop",
-        accepted=min(event.accepted, count),
     )
 
 

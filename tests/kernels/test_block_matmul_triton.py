@@ -150,14 +150,12 @@ def test_a_single_token_is_quantised_in_the_product_where_a_program_has_all_of_i
 
 @pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
 @pytest.mark.parametrize("rows", [256, 1024, 2624])
-def test_a_token_by_a_plain_weight_is_streamed_if_it_is_asked_for(rows, arch):
+def test_a_token_by_a_small_plain_weight_is_streamed(rows, arch):
     x, weight = jax.ShapeDtypeStruct((1, 1, 4096), BF16), jax.ShapeDtypeStruct((rows, 4096), BF16)
 
     with assume(Target("cuda", arch)):
-        unproven = triton_call.launches(block_matmul, x, weight, out_dtype=F32)
-        (launch,) = triton_call.launches(block_matmul, x, weight, out_dtype=F32, implementation="triton")
+        (launch,) = triton_call.launches(block_matmul, x, weight, out_dtype=F32)
 
-    assert not unproven
     assert "fma.rn.f32" in triton_call.compile_offline(launch, arch).assembly
 
 
