@@ -81,26 +81,19 @@ class Event:
       logprobs: of these under the model, before temperature.
       finish_reason: None while it goes on; then "stop" at an EOS, "length" at its maximum, "error" where
         logits were not finite numbers, "cancelled".
-      draft_steps: how many of the steps had drafts.
-      accepted_at: in how many of them the first draft stood, the second, and so on.
+      stood: of each step that had drafts, how many of them; these are among the new tokens.
     """
 
     request: int
     token_ids: list[int]
     logprobs: list[float]
     finish_reason: FinishReason | None
-    draft_steps: int = 0
-    accepted_at: tuple[int, ...] = ()
-
-    @property
-    def drafted(self) -> int:
-        """Tokens that were drafted for it."""
-        return self.draft_steps * len(self.accepted_at)
+    stood: tuple[int, ...] = ()
 
     @property
     def accepted(self) -> int:
-        """How many of the new tokens are such drafts."""
-        return sum(self.accepted_at)
+        """How many of the new tokens are drafts."""
+        return sum(self.stood)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,7 +268,7 @@ class Engine:
                 with self._asked(decoding.values()) as asked:
                     self._flying = self._decode(asked, decoding.values()), decoding
             if landed is not None:
-                events += self._events(*landed)
+                events += self._events(*landed, drafted=self.draft_tokens > 0)
         return events
 
     def run(self) -> Iterator[Event]:
@@ -507,7 +500,7 @@ class Engine:
             what = self._params, asked, self._sequences, last, told, place
             size, static = _size_of(asked), (*self._static, self.draft_tokens)
             added, self._sequences = self._run(begin, static, *what, size=size)
-        return self._events(added, {slot: request}, drafted=0)
+        return self._events(added, {slot: request}, drafted=False)
 
     def _read_ids(self, ids: Int32[np.ndarray, "1 T"], numbers: Int32[np.ndarray, "3"]) -> None:
         """Runs a piece of a prompt through the model, then through the MTP head."""
@@ -541,9 +534,8 @@ class Engine:
             request.told += len(told)
         return forced
 
-    def _events(self, added: Added, requests: dict[int, _Request], drafted: int | None = None) -> list[Event]:
+    def _events(self, added: Added, requests: dict[int, _Request], *, drafted: bool) -> list[Event]:
         """Of the requests in these slots; those that have ended leave them."""
-        drafted = self.draft_tokens if drafted is None else drafted
         host: Any = jax.tree.map(np.asarray, jax.device_get(added))
         if host.count.ndim == 1:  # of a single step
             host = jax.tree.map(lambda leaf: leaf[None], host)
@@ -562,9 +554,9 @@ class Engine:
                 reason = "stop"
             elif request.left == 0:
                 reason = "length"
-            took = int(np.count_nonzero((row.count > 0) | row.not_finite)) if drafted else 0
-            stood = tuple(int(np.count_nonzero(row.accepted > place)) for place in range(drafted))
-            events.append(Event(request.number, tokens, logprobs, reason, took, stood))
+            took = (row.count > 0) | row.not_finite
+            stood = tuple(row.accepted[took].tolist()) if drafted else ()
+            events.append(Event(request.number, tokens, logprobs, reason, stood))
             if reason == "error":
                 self._clear(slot)
             if reason is not None:

@@ -96,7 +96,7 @@ class GenerationOutput:
 
     @property
     def accepted(self) -> int:
-        """Drafts that stood, those behind a stop string too."""
+        """Tokens of the answer that were such drafts."""
         return sum(self.accepted_at)
 
 
@@ -520,8 +520,8 @@ class LLM:
             logprob_sum=float(sum(found.logprobs)),
             finish_reason=found.finish_reason,
             stop_string=one.stop.found if one.stop else None,
-            accepted_at=found.accepted_at,
-            draft_steps=found.draft_steps,
+            accepted_at=tuple(sum(n > place for n in found.stood) for place in range(self.draft_tokens)),
+            draft_steps=len(found.stood),
             first_token_seconds=found.first_at - one.started,
             seconds=found.last_at - one.started,
             timings=timings,
@@ -543,8 +543,7 @@ class _Collected:
     token_ids: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
     finish_reason: FinishReason | None = None
-    accepted_at: tuple[int, ...] = ()
-    draft_steps: int = 0
+    stood: list[int] = dataclasses.field(default_factory=list)  # of each step's drafts
     first_at: float = 0.0
     last_at: float = 0.0
 
@@ -554,10 +553,7 @@ class _Collected:
         self.token_ids += event.token_ids
         self.logprobs += event.logprobs
         self.finish_reason = event.finish_reason
-        if event.draft_steps:
-            self.draft_steps += event.draft_steps
-            before = self.accepted_at or (0,) * len(event.accepted_at)
-            self.accepted_at = tuple(map(sum, zip(before, event.accepted_at, strict=True)))
+        self.stood += event.stood
 
 
 def _until(text: AnswerText, ids: Sequence[int]) -> int | None:
@@ -570,9 +566,15 @@ def _until(text: AnswerText, ids: Sequence[int]) -> int | None:
 
 
 def _ended(event: Event, count: int) -> Event:
-    """The event, ended after so many of its tokens."""
+    """The event, ended after so many of its tokens; steps behind them do not count."""
+    stood, left = [], count
+    for each in event.stood:  # a step brings what stood and one token more
+        if left > 0:
+            stood.append(min(each, left))
+        left -= each + 1
     return dataclasses.replace(
         event,
+        stood=tuple(stood),
         token_ids=event.token_ids[:count],
         logprobs=event.logprobs[:count],
         finish_reason="stop",

@@ -184,7 +184,7 @@ def _as_text(
     for event in llm.stream(ids, sampling):
         shown = text.put(event.token_ids) if text else _ids(event.token_ids, first=count == 0)
         count += len(event.token_ids)
-        statistics.drafted += event.drafted
+        statistics.drafted += len(event.stood) * llm.draft_tokens
         statistics.accepted += event.accepted
         if jax.process_index() == 0:
             print(shown, end="", flush=True)

@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 
+from dsv4_jax.engine import Event
 from dsv4_jax.errors import RequestError
-from dsv4_jax.llm import LLM
+from dsv4_jax.llm import LLM, _ended
 from dsv4_jax.numerics import PLAIN
 from dsv4_jax.sampling import SamplingParams
 from dsv4_jax.stops import AnswerText
@@ -64,6 +65,20 @@ def test_a_stop_string_ends_an_answer_and_its_neighbours_go_on(llm):
     assert stopped.logprobs == whole.logprobs[: len(stopped.token_ids)]
     assert other.token_ids == llm.generate("a man", GREEDY)[0].token_ids
     assert llm.generate("the house", GREEDY)[0].token_ids == whole.token_ids
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"), [(1, (1,)), (2, (2,)), (3, (2,)), (4, (2, 0)), (6, (2, 0, 2)), (7, (2, 0, 3))]
+)
+def test_steps_behind_a_stop_string_count_for_no_draft(count, expected):
+    tokens = list(range(8))  # of steps of which two, none and three drafts stood, and a token more each
+    event = Event(0, tokens, [0.0] * 8, None, (2, 0, 3))
+
+    ended = _ended(event, count)
+
+    assert ended.token_ids == tokens[:count]
+    assert ended.stood == expected
+    assert ended.finish_reason == "stop"
 
 
 def test_a_text_is_scored_like_its_tokens(llm):
