@@ -179,12 +179,14 @@ def deepest(widths: tuple[int, ...], **more: Any) -> Configs:
 
 
 # By the tokens that an expert has on average, up to which they are meant.
-_four = functools.partial(deepest, consumers=4, blocks=2)
+_four = functools.partial(deepest, consumers=4)
 CONFIGS = (
-    (14, _four((16,))),
-    (26, _four((32,))),
-    (116, _four((64,))),
-    (2**31, deepest((64, 64, 48, 48))),
+    (14, _four((16,), blocks=2)),
+    (26, _four((32,), blocks=2)),
+    (58, _four((64,))),
+    (100, deepest((64, 48), blocks=2)),
+    (116, deepest((64, 64), blocks=2)),
+    (2**31, deepest((80, 80, 64))),
 )
 
 

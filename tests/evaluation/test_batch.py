@@ -44,9 +44,7 @@ class Parrot:
             self.asked.append(ids)
             yield (
                 place,
-                GenerationOutput(
-                    ids, ids, f"{ids} 日", None, -1.5, "length", None, (), 0, 0.0, 0.0, NO_TIME
-                ),
+                GenerationOutput(ids, ids, f"{ids} 日", None, -1.5, "length", None, (), 0, 0.0, 0.0, NO_TIME),
             )
 
 

@@ -5,7 +5,6 @@ import dataclasses
 import pytest
 
 from dsv4_jax.engine import Event
-from dsv4_jax.engine import Event
 from dsv4_jax.errors import RequestError
 from dsv4_jax.llm import LLM, _ended
 from dsv4_jax.numerics import PLAIN
