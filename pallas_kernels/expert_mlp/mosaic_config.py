@@ -34,8 +34,6 @@ class Config(NamedTuple):
         the first's product.
       consumers: warpgroups that multiply, 2 or 4: more hide each other's waiting, fewer have more registers.
       room: tokens of a tile as they lie in shared memory; those of `widths` if 0.
-      sharers: programs, 1 or 2, that work on the same tokens by other rows: each reads its part of the
-        activations and writes it to the shared memory of both.
       without: work to leave out, for measuring what it costs; the result is wrong then. "products" leaves
         one of four to the tensor core.
     """
@@ -47,7 +45,6 @@ class Config(NamedTuple):
     blocks: int = 1
     consumers: int = 2
     room: int = 0
-    sharers: int = 1
     without: Literal["", "decoding", "promotion", "products"] = ""
 
     @property
@@ -81,8 +78,7 @@ class Config(NamedTuple):
     @property
     def scales(self) -> int:
         """Scales of a tile as stored: padded, since copies start at multiples of 128 bytes."""
-        aligned = 32 * self.sharers
-        return -(-self.places // aligned) * aligned
+        return -(-self.places // 32) * 32
 
     @property
     def rows(self) -> int:
@@ -186,6 +182,7 @@ CONFIGS = (
     (58, _four((64,))),
     (100, deepest((64, 48), blocks=2)),
     (116, deepest((64, 64), blocks=2)),
+    (132, deepest((80, 64), blocks=2)),
     (2**31, deepest((80, 80, 64))),
 )
 

@@ -34,7 +34,6 @@ from pallas_kernels.expert_mlp.tiles import CODES_BYTES, TILE_BYTES, TILE_SHAPE,
 # warpgroups that multiply. At first all have the same: 168 of 384 threads, 96 of 640.
 REGISTERS = {2: (40, 232), 4: (32, 112)}
 
-SHARER = "sharer"  # of the same tokens: the axis of a cluster
 SWIZZLED = (plgpu.SwizzleTransform(128),)  # pyright: ignore[reportAbstractUsage]
 
 
@@ -129,10 +128,7 @@ def _multiply(
         refs = {"codes": tiles, "multipliers": tiles, "x": x, "scales": scales}
         places = step_places(config, numbers.total, slot, group, lane())
         operands = numbers.addresses(refs, places)
-        found = assemble(ptx.step_ptx(cut, cut.widths), operands, registers(sums))
-        if config.sharers > 1:  # one thread tells the other program for all
-            mgpu_utils.warpgroup_barrier()
-        return tuple(arrays(found, sums))
+        return tuple(arrays(assemble(ptx.step_ptx(cut, cut.widths), operands, registers(sums)), sums))
 
     swizzled = plgpu.RefType(SWIZZLED)
     part = plgpu.ShapeDtypeStruct((HEIGHT, cut.tokens), jnp.float32, layout=plgpu.Layout.WGMMA)
@@ -216,17 +212,15 @@ def _kernel(config: Config, shape: Shape, *refs: Any) -> None:
     tiles, exponents, x, scales, places, experts, starts, ends, firsts, count = refs[:10]
     *outs, tile_stages, x_stages, scale_stages, staged, full, free, whole = refs[10:]
     group, program = lax.axis_index("warpgroup"), lax.axis_index("program")
-    turns, sharers = config.passes(shape.gated), config.sharers
-    steps, blocks = shape.columns // BLOCK // config.blocks, shape.rows // (config.rows * turns * sharers)
-    programs, of_item = jnp.int32(multiprocessors() // sharers), turns * steps
+    turns = config.passes(shape.gated)
+    steps, blocks = shape.columns // BLOCK // config.blocks, shape.rows // (config.rows * turns)
+    programs, of_item = jnp.int32(multiprocessors()), turns * steps
     mine = lax.div(count[0] * blocks - program + programs - 1, programs)
 
     def item_of(number: jax.Array) -> Item:
         """All rows of a tile of tokens at about the same time: they stay in the L2 cache."""
         item = program + number * programs
         tile, block = lax.div(item, jnp.int32(blocks)), lax.rem(item, jnp.int32(blocks))
-        if sharers > 1:
-            block = block * sharers + lax.axis_index(SHARER)
         start = starts[tile]
         real = jnp.minimum(ends[tile] - start, config.tokens)
         return Item(tile, experts[tile], block * (config.rows * turns), start, firsts[tile], real)
@@ -251,13 +245,12 @@ def _kernel(config: Config, shape: Shape, *refs: Any) -> None:
                 def _() -> None:
                     plgpu.barrier_wait(free.at[slot])
 
-                shared = SHARER if sharers > 1 else None
-                for source, stages, axis in (
-                    (tiles.at[item.expert, rows, block], tile_stages, None),
-                    (x.at[block, pl.ds(item.first, config.places)], x_stages, shared),
-                    (scales.at[block, pl.ds(item.first, config.scales)], scale_stages, shared),
+                for source, stages in (
+                    (tiles.at[item.expert, rows, block], tile_stages),
+                    (x.at[block, pl.ds(item.first, config.places)], x_stages),
+                    (scales.at[block, pl.ds(item.first, config.scales)], scale_stages),
                 ):
-                    plgpu.copy_gmem_to_smem(source, stages.at[slot], full.at[slot], collective_axes=axis)
+                    plgpu.copy_gmem_to_smem(source, stages.at[slot], full.at[slot])
 
         # Leave when all has been reported: the interpreter wants every phase of a barrier seen.
         count = mine * of_item
@@ -328,15 +321,6 @@ def launch(
     """
     count, rows, columns = weight.shape
     shape, stages = Shape(x.shape[1], rows, columns, limit), config.stages
-    if rows % (config.rows * config.passes(shape.gated) * config.sharers):
-        config = config._replace(sharers=1)
-    # A stage is free when all who share its tokens have read it: who fills it fills it for all.
-    arrivals: dict[str, Any] = {"num_arrivals": config.consumers, "num_barriers": stages}
-    free: Any = plgpu.Barrier(**arrivals)
-    more: dict[str, Any] = {}
-    if config.sharers > 1:
-        free = plgpu.ClusterBarrier(collective_axes=(SHARER,), **arrivals)
-        more = {"cluster": (config.sharers,), "cluster_names": (SHARER,)}
     if shape.gated:
         outer = (rows // 2 // BLOCK, x.shape[1])
         out: Any = (
@@ -355,12 +339,11 @@ def launch(
             plgpu.SMEM((stages, config.blocks, config.scales), jnp.float32),
             plgpu.SMEM((staged,), jnp.uint8),
             plgpu.Barrier(num_arrivals=3, num_barriers=stages),
-            free,
+            plgpu.Barrier(num_arrivals=config.consumers, num_barriers=stages),
             plgpu.Barrier(num_arrivals=config.consumers),
         ),
-        grid=(multiprocessors() // config.sharers,),
+        grid=(multiprocessors(),),
         grid_names=("program",),
-        **more,
         num_threads=config.consumers + 1,
         thread_name="warpgroup",
         # Only copies write what the products read; what is staged has its barriers.

@@ -143,9 +143,7 @@ def step_ptx(config: Config | FewConfig, widths: tuple[int, ...]) -> str:
         f".reg .f32 s<{max(widths) // 4}>;",
         *(f".reg .b32 {operand}_<16>;" for operand in operands),
         *(f".reg .f32 p{n}_<{max(widths) // 2}>;" for n in range(config.parts)),
-        # Never, but the assembler would clear registers if it knew. In a cluster an address has the number of
-        # its program in the highest byte.
-        "setp.gt.u32 none, $x, 0xFFFFFFF;",
+        "setp.gt.u32 none, $x, 0xFFFFFF;",  # never, but the assembler would clear registers if it knew
         "setp.ne.b32 more, 1, 0;",
         *_decode_ptx(config, pieces[0]),
     ]

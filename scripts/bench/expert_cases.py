@@ -184,7 +184,6 @@ def many_way(configs: Configs) -> Way:
 
     shown = [
         f"{'+'.join(map(str, each.widths))} {each.waves} {each.consumers} {each.blocks}x{each.stages}"
-        + " shared" * (each.sharers - 1)
         for each in configs
     ]
     return Way("mosaic w4a8", configs.gate_up.tokens, products, mlp, " / ".join(shown))

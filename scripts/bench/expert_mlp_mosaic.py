@@ -35,8 +35,9 @@ CANDIDATES = {
     8: "few 8 1 2,few 8 1 3,few 8 1 5,few 8 2 2,few 8 2 3",
     128: "few 8 1 3,few 8 1 5,few 8 2 2,few 8 2 3",
     512: "few 16 1 3,few 24 1 2,few 24 1 3,32 1 4 2",
-    2048: "64 1 4 2,64 1 4 1,48/64 1 4 1",
-    8192: "64+64+48+48 1 2 1,48+48 1 4 1,64 1 4 2",
+    2048: "64 1 4 2,64 1 4 1,64 2 2 2",
+    4096: "64+48 1 2 2,64+64 1 2 2,64 1 4 1",
+    8192: "80+80+64 1 2 1,64+64+48+48 1 2 1,80+64 1 2 2",
 }
 OFF = ("decoding", "promotion", "products")
 
@@ -49,12 +50,9 @@ def parse(text: str, case: Case) -> FewConfig | Configs:
         columns = max(case.bench.config.hidden_size, case.bench.config.moe_intermediate_size)
         config = deepest_few(columns, tokens, terms=terms, blocks=blocks, ahead=ahead)
         return config._replace(stages=stages or config.stages)
-    sharers = 2 if rest[-1] == "shared" else 1
-    rest = rest[: len(rest) - sharers + 1]
     *shorter, widths = (tuple(map(int, each.split("+"))) for each in first.split("/"))
     waves, consumers, blocks, *stages = map(int, rest)
-    cut = {"waves": waves, "consumers": consumers, "blocks": blocks, "sharers": sharers}
-    configs = deepest(widths, shorter=tuple(shorter), **cut)
+    configs = deepest(widths, shorter=tuple(shorter), waves=waves, consumers=consumers, blocks=blocks)
     if stages:
         configs = Configs(*(each._replace(stages=n) for each, n in zip(configs, stages, strict=True)))
     return configs
