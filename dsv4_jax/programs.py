@@ -5,6 +5,7 @@ that takes seconds for each. Here a program is found by what it would be made fr
 """
 
 import hashlib
+import importlib
 import logging
 import os
 import pickle
@@ -41,6 +42,8 @@ def compiled(function: Any, static: tuple[Any, ...], arguments: tuple[Any, ...],
         if status.st_uid != os.getuid() or status.st_mode & 0o022:
             raise PermissionError("is another user's, or others can write to it")
         devices = [*jax.tree.leaves(arguments)[0].sharding.device_set]
+        if devices[0].platform == "gpu":  # it tells XLA where what Mosaic's kernels call is
+            importlib.import_module("jax.experimental.mosaic.gpu")
         return deserialize_and_load(*pickle.loads(file.read_bytes()), execution_devices=devices)
     except FileNotFoundError:
         pass

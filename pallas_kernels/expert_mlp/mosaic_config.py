@@ -182,7 +182,7 @@ CONFIGS = (
     (58, _four((64,))),
     (100, deepest((64, 48), blocks=2)),
     (116, deepest((64, 64), blocks=2)),
-    (132, deepest((80, 64), blocks=2)),
+    (146, deepest((80, 80), blocks=2)),
     (2**31, deepest((80, 80, 64))),
 )
 
