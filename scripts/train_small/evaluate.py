@@ -86,10 +86,11 @@ def card(scores: Mapping[str, Any], curve: list[dict[str, Any]], config: Config,
             for task, without in by_count["0"].items()
         ]
         unlike = [each for tasks in by_count.values() for each in tasks.values() if not each["same_tokens"]]
+        count = scores["measured"]["drafts"][device]["rows"]
         head = [f"{name}, {k} drafts" for k in DRAFTS for name in ("tokens a step", "speed-up")]
         text += [
             f"## Drafts of the MTP head, {device}",
-            "One text at a time. With `invariant` the tokens are"
+            f"One text at a time, {count} of each task. With `invariant` the tokens are"
             f" {'NOT ' * bool(unlike)}those without drafts.",
             table(["task", "tokens/s without", *head], rows),
         ]
@@ -135,16 +136,20 @@ def main() -> None:
     scores |= {"rows": arguments.rows, "far_rows": arguments.far_rows, "level": small.level._asdict()}
     there = parts(small, scores, arguments)
     for name in arguments.parts or [name for name in there if name not in scores]:
-        started = time.monotonic()
+        started, device = time.monotonic(), jax.devices()[0].device_kind
         scores[name] = there[name]()
-        scores["measured"][name] = {
-            "device": jax.devices()[0].device_kind,
+        measured = {
+            "device": device,
+            "rows": arguments.rows,
             "date": f"{datetime.date.today()}",
             "commit": os.environ.get("DSV4_COMMIT") or subprocess.getoutput("git rev-parse --short HEAD"),
             "seconds": round(time.monotonic() - started),
         }
+        # Like the scores: one device does not speak for another.
+        before = scores["measured"].get(name, {})
+        scores["measured"][name] = before | {device: measured} if name == "drafts" else measured
         path.write_text(json.dumps(scores, indent=1) + "\n")
-        print(json.dumps({name: scores[name]}), f"{scores['measured'][name]['seconds']} s", flush=True)
+        print(json.dumps({name: scores[name]}), f"{measured['seconds']} s", flush=True)
     if arguments.run:
         scores["seed"] = json.loads((arguments.run / "plan.json").read_text()).get("seed", 0)
         curve = [json.loads(line) for line in (arguments.run / CURVE).read_text().splitlines()]
