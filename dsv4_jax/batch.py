@@ -24,9 +24,10 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from dsv4_jax.answers import GenerationOutput
 from dsv4_jax.distributed import from_first
 from dsv4_jax.errors import EXIT_BAD_DATA, EXIT_TRY_AGAIN, DSV4Error, OutputError
-from dsv4_jax.llm import LLM, GenerationOutput
+from dsv4_jax.llm import LLM
 from dsv4_jax.prompts import PromptRow
 from dsv4_jax.sampling import SamplingParams
 

@@ -12,13 +12,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dsv4_jax.chat import Completion, Effort, Release, encode_chat, parse_completion
+from dsv4_jax.answers import ChatOutput, Collected, GenerationOutput, Timings, ended, until
+from dsv4_jax.chat import Effort, Release, encode_chat, parse_completion
 from dsv4_jax.checkpoint.load import LoadedModel, Verify, load
 from dsv4_jax.checkpoint.names import parameters
 from dsv4_jax.compiles import count_compiles
 from dsv4_jax.config import Config
 from dsv4_jax.decode import MOST_DRAFTS
-from dsv4_jax.engine import Engine, Event, FinishReason, free_bytes
+from dsv4_jax.engine import Engine, Event, free_bytes
 from dsv4_jax.errors import MemoryPlanError, RequestError
 from dsv4_jax.numerics import OFFICIAL, Numerics
 from dsv4_jax.prompts import check_prompt
@@ -32,80 +33,6 @@ SHORTEST_CACHE = 128  # room in the caches is a power of two from here on, so th
 
 Messages = Sequence[Mapping[str, Any]]
 Prompt = str | Sequence[int] | Messages
-
-
-@dataclasses.dataclass(frozen=True)
-class Timings:
-    """How long a batch took, so far or as a whole; the requests of one batch share one of these.
-
-    Attributes:
-      seconds: from the first prompt in to the last token out.
-      compile_seconds: of these, spent on tracing and compiling.
-      compiles: programs compiled.
-      tokens: generated in the whole batch.
-    """
-
-    seconds: float
-    compile_seconds: float
-    compiles: int
-    tokens: int
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Of the whole batch, prefill included and compiling left out."""
-        return self.tokens / max(self.seconds - self.compile_seconds, 1e-9)
-
-
-@dataclasses.dataclass(frozen=True)
-class GenerationOutput:
-    """The answer to one prompt.
-
-    Attributes:
-      prompt_token_ids: the prompt as the model read it.
-      token_ids: the answer, with the EOS that ended it.
-      text: the answer as text, without EOS and stop string; None if the folder has no tokenizer.
-      logprobs: of each token of the answer under the model; None if not asked for.
-      logprob_sum: of the whole answer.
-      finish_reason: "stop" at an EOS or a stop string, "length" at max_tokens, "error" where logits were not
-        finite.
-      stop_string: the one that ended it; its tokens are in `token_ids`.
-      accepted_at: in how many steps the first draft stood, the second, and so on; empty without drafts.
-      draft_steps: steps that had drafts.
-      first_token_seconds: from when it got a slot to its first token; compiling left out.
-      seconds: from when it got a slot to its last token, likewise.
-      timings: of the batch it was in.
-    """
-
-    prompt_token_ids: list[int]
-    token_ids: list[int]
-    text: str | None
-    logprobs: list[float] | None
-    logprob_sum: float
-    finish_reason: FinishReason
-    stop_string: str | None
-    accepted_at: tuple[int, ...]
-    draft_steps: int
-    first_token_seconds: float
-    seconds: float
-    timings: Timings
-
-    @property
-    def drafted(self) -> int:
-        """Tokens that the MTP head drafted for it."""
-        return self.draft_steps * len(self.accepted_at)
-
-    @property
-    def accepted(self) -> int:
-        """Tokens of the answer that were such drafts."""
-        return sum(self.accepted_at)
-
-
-@dataclasses.dataclass(frozen=True)
-class ChatOutput:
-    """The answer to a conversation: what was said, and how it was generated."""
-
-    completion: Completion
-    generation: GenerationOutput
 
 
 class LLM:
@@ -378,7 +305,7 @@ class LLM:
         self, requests: Sequence[tuple[list[int], SamplingParams]]
     ) -> Iterator[tuple[int, GenerationOutput]]:
         """Each answer, with its request's place, as soon as it is there."""
-        collected: dict[int, _Collected] = collections.defaultdict(_Collected)
+        collected: dict[int, Collected] = collections.defaultdict(Collected)
         started, tokens = time.perf_counter(), 0
         with count_compiles() as compiles:
 
@@ -419,10 +346,10 @@ class LLM:
                     one = asked.get(event.request)
                     if one is None:
                         continue  # it has ended at a stop string
-                    if one.stop and (count := _until(one.stop, event.token_ids)) is not None:
+                    if one.stop and (count := until(one.stop, event.token_ids)) is not None:
                         if event.finish_reason is None:
                             engine.cancel(event.request)
-                        event = _ended(event, count)
+                        event = ended(event, count)
                     if event.finish_reason is not None:
                         del asked[event.request]
                     yield one, event
@@ -502,7 +429,7 @@ class LLM:
         self,
         request: tuple[list[int], SamplingParams],
         one: "_Asked",
-        found: "_Collected",
+        found: Collected,
         timings: Timings,
     ) -> GenerationOutput:
         prompt, params = request
@@ -534,51 +461,6 @@ class _Asked(NamedTuple):
     place: int
     started: float  # when it was given to the engine, which has a slot for it
     stop: AnswerText | None  # what it has said so far, if that may end it
-
-
-@dataclasses.dataclass
-class _Collected:
-    """What the events of one request brought so far."""
-
-    token_ids: list[int] = dataclasses.field(default_factory=list)
-    logprobs: list[float] = dataclasses.field(default_factory=list)
-    finish_reason: FinishReason | None = None
-    stood: list[int] = dataclasses.field(default_factory=list)  # of each step's drafts
-    first_at: float = 0.0
-    last_at: float = 0.0
-
-    def take(self, event: Event, now: float) -> None:
-        self.last_at = now
-        self.first_at = self.first_at or now
-        self.token_ids += event.token_ids
-        self.logprobs += event.logprobs
-        self.finish_reason = event.finish_reason
-        self.stood += event.stood
-
-
-def _until(text: AnswerText, ids: Sequence[int]) -> int | None:
-    """How many of these tokens an answer has, if one of them completes a stop string; else None."""
-    for place, id in enumerate(ids):
-        text.put([id])
-        if text.found is not None:
-            return place + 1
-    return None
-
-
-def _ended(event: Event, count: int) -> Event:
-    """The event, ended after so many of its tokens; steps behind them do not count."""
-    stood, left = [], count
-    for each in event.stood:  # a step brings what stood and one token more
-        if left > 0:
-            stood.append(min(each, left))
-        left -= each + 1
-    return dataclasses.replace(
-        event,
-        stood=tuple(stood),
-        token_ids=event.token_ids[:count],
-        logprobs=event.logprobs[:count],
-        finish_reason="stop",
-    )
 
 
 def _is_conversation(prompt: Any) -> bool:

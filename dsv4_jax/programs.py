@@ -5,7 +5,6 @@ that takes seconds for each. Here a program is found by what it would be made fr
 """
 
 import hashlib
-import importlib
 import logging
 import os
 import pickle
@@ -18,6 +17,7 @@ from jax.experimental.serialize_executable import deserialize_and_load, serializ
 
 from dsv4_jax.distributed import code_fingerprint
 from pallas_kernels import debug
+from pallas_kernels.target import name_kernel_libraries
 
 _log = logging.getLogger(__name__)
 
@@ -42,8 +42,7 @@ def compiled(function: Any, static: tuple[Any, ...], arguments: tuple[Any, ...],
         if status.st_uid != os.getuid() or status.st_mode & 0o022:
             raise PermissionError("is another user's, or others can write to it")
         devices = [*jax.tree.leaves(arguments)[0].sharding.device_set]
-        if devices[0].platform == "gpu":  # it tells XLA where what Mosaic's kernels call is
-            importlib.import_module("jax.experimental.mosaic.gpu")
+        name_kernel_libraries()
         return deserialize_and_load(*pickle.loads(file.read_bytes()), execution_devices=devices)
     except FileNotFoundError:
         pass

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib
 from contextlib import AbstractContextManager
 from typing import Literal
 
@@ -60,3 +61,12 @@ def _target_at_hand() -> Target:
     if capability.startswith("gfx"):
         return Target("rocm", capability.split(":")[0])
     return Target("cuda", f"sm_{capability.replace('.', '')}")
+
+
+def name_kernel_libraries() -> None:
+    """Tells XLA where functions lie that kernels of a program call, before one that was kept is loaded.
+
+    Mosaic's module does so when it is imported, for a program that is compiled as its kernels are traced.
+    """
+    if current_target().vendor == "cuda":
+        importlib.import_module("jax.experimental.mosaic.gpu")

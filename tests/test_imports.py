@@ -32,7 +32,7 @@ LEVELS = [
     ["tokenizer"],
     ["chat.*", "stops"],
     ["train.*"],
-    ["prompts"],
+    ["answers", "prompts"],
     ["llm"],
     ["batch", "plan", "selftest"],
     ["evaluation.*"],

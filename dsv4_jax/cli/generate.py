@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 import dsv4_jax.batch as batch
+from dsv4_jax.answers import GenerationOutput
 from dsv4_jax.checkpoint.fingerprint import fingerprint
 from dsv4_jax.cli.options import (
     add_command,
@@ -26,7 +27,7 @@ from dsv4_jax.cli.talk import peak_gib, say, show
 from dsv4_jax.compiles import count_compiles
 from dsv4_jax.distributed import first_reads
 from dsv4_jax.errors import DSV4Error, NumericError, RequestError
-from dsv4_jax.llm import LLM, GenerationOutput
+from dsv4_jax.llm import LLM
 from dsv4_jax.prompts import PromptRow, read_prompts
 from dsv4_jax.sampling import SamplingParams
 from dsv4_jax.stops import AnswerText

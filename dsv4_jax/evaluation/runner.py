@@ -15,12 +15,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from dsv4_jax.answers import GenerationOutput
 from dsv4_jax.batch import Row, answer_to_file, prompt_sha, requests_of, shared
 from dsv4_jax.errors import DSV4Error, OutputError, RequestError
 from dsv4_jax.evaluation.likelihood import Likelihood, likelihoods
 from dsv4_jax.evaluation.statistics import bootstrap, mean_and_error, quantiles, wilson
 from dsv4_jax.evaluation.tasks import Task
-from dsv4_jax.llm import LLM, GenerationOutput
+from dsv4_jax.llm import LLM
 from dsv4_jax.prompts import PromptRow
 from dsv4_jax.sampling import SamplingParams
 

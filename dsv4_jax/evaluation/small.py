@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dsv4_jax.answers import GenerationOutput
 from dsv4_jax.checkpoint.load import LoadedModel, load
 from dsv4_jax.compiles import count_compiles
 from dsv4_jax.evaluation import faults
 from dsv4_jax.evaluation.likelihood import likelihoods
-from dsv4_jax.llm import LLM, GenerationOutput
+from dsv4_jax.llm import LLM
 from dsv4_jax.numerics import OFFICIAL, PLAIN
 from dsv4_jax.sampling import SamplingParams
 from dsv4_jax.tokenizer import Tokenizer

@@ -56,7 +56,7 @@ def table(head: list[str], rows: list[list[Any]]) -> str:
 
 def card(scores: Mapping[str, Any], curve: list[dict[str, Any]], config: Config, nbytes: int) -> str:
     """README.md of the model."""
-    level, exact, far = scores["level"], scores["exact"], scores["recall"]
+    level, exact, far, measured = (scores[name] for name in ("level", "exact", "recall", "measured"))
     random, drafts, loss = (scores.get(name, {}) for name in ("recall_by_random_choice", "drafts", "loss"))
     losses = [*scores["faults"].values(), {}][0]
     text = [
@@ -69,8 +69,9 @@ def card(scores: Mapping[str, Any], curve: list[dict[str, Any]], config: Config,
         "sort 8 3 5 = 3 5 8\nclose ( [ { = } ] )\n red lamp owl        what follows a pair of words is the"
         " same wherever it comes again\n```",
         "All scores are of the quantised model in the released arithmetic, on problems that it never saw,"
-        f" with up to {level['items']} items and {level['digits']} digits ({scores['rows']} of each task,"
-        f" {scores['far_rows']} of each distance). scores.json has them all.",
+        f" with up to {level['items']} items and {level['digits']} digits"
+        f" ({measured['exact']['rows']} of each task, {measured['recall']['far_rows']} of each distance)."
+        " scores.json has them all.",
         "## Right answers",
         table(list(exact), [list(exact.values())]),
         "## Facts found",
@@ -86,11 +87,11 @@ def card(scores: Mapping[str, Any], curve: list[dict[str, Any]], config: Config,
             for task, without in by_count["0"].items()
         ]
         unlike = [each for tasks in by_count.values() for each in tasks.values() if not each["same_tokens"]]
-        count = scores["measured"]["drafts"][device]["rows"]
         head = [f"{name}, {k} drafts" for k in DRAFTS for name in ("tokens a step", "speed-up")]
         text += [
             f"## Drafts of the MTP head, {device}",
-            f"One text at a time, {count} of each task. With `invariant` the tokens are"
+            f"One text at a time, {measured['drafts'][device]['rows']} of each task; speeds are of one run,"
+            " and answers are short (docs/training.md). With `invariant` the tokens are"
             f" {'NOT ' * bool(unlike)}those without drafts.",
             table(["task", "tokens/s without", *head], rows),
         ]
@@ -133,7 +134,7 @@ def main() -> None:
     small = Small(arguments.checkpoint, rows=arguments.rows, level=Level(arguments.items, arguments.digits))
     path = arguments.checkpoint / "scores.json"
     scores: Scores = json.loads(path.read_text()) if path.exists() else {"measured": {}}
-    scores |= {"rows": arguments.rows, "far_rows": arguments.far_rows, "level": small.level._asdict()}
+    scores["level"] = small.level._asdict()
     there = parts(small, scores, arguments)
     for name in arguments.parts or [name for name in there if name not in scores]:
         started, device = time.monotonic(), jax.devices()[0].device_kind
@@ -141,6 +142,7 @@ def main() -> None:
         measured = {
             "device": device,
             "rows": arguments.rows,
+            "far_rows": arguments.far_rows,
             "date": f"{datetime.date.today()}",
             "commit": os.environ.get("DSV4_COMMIT") or subprocess.getoutput("git rev-parse --short HEAD"),
             "seconds": round(time.monotonic() - started),

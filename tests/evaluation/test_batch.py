@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from dsv4_jax import batch
+from dsv4_jax.answers import GenerationOutput, Timings
 from dsv4_jax.batch import AnswerFile, answer, answer_to_file, check_output, requests_of
 from dsv4_jax.errors import DSV4Error, OutputError, RequestError
-from dsv4_jax.llm import GenerationOutput, Timings
 from dsv4_jax.prompts import PromptRow
 from dsv4_jax.sampling import SamplingParams
 

@@ -4,9 +4,10 @@ import dataclasses
 
 import pytest
 
+from dsv4_jax.answers import ended
 from dsv4_jax.engine import Event
 from dsv4_jax.errors import RequestError
-from dsv4_jax.llm import LLM, _ended
+from dsv4_jax.llm import LLM
 from dsv4_jax.numerics import PLAIN
 from dsv4_jax.sampling import SamplingParams
 from dsv4_jax.stops import AnswerText
@@ -74,11 +75,11 @@ def test_steps_behind_a_stop_string_count_for_no_draft(count, expected):
     tokens = list(range(8))  # of steps of which two, none and three drafts stood, and a token more each
     event = Event(0, tokens, [0.0] * 8, None, (2, 0, 3))
 
-    ended = _ended(event, count)
+    found = ended(event, count)
 
-    assert ended.token_ids == tokens[:count]
-    assert ended.stood == expected
-    assert ended.finish_reason == "stop"
+    assert found.token_ids == tokens[:count]
+    assert found.stood == expected
+    assert found.finish_reason == "stop"
 
 
 def test_a_text_is_scored_like_its_tokens(llm):

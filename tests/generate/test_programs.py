@@ -46,6 +46,21 @@ def test_a_program_is_neither_traced_nor_compiled_twice(folder):
     assert found(*given)["one"].tolist() == [1, 3, 5]
 
 
+def test_the_libraries_of_its_kernels_are_named_before_a_program_is_loaded(folder, monkeypatch):
+    said = []
+    monkeypatch.setattr(programs, "name_kernel_libraries", lambda: said.append("named"))
+    load = programs.deserialize_and_load
+    monkeypatch.setattr(
+        programs, "deserialize_and_load", lambda *a, **k: said.append("loaded") or load(*a, **k)
+    )
+
+    ready()
+    assert not said
+    ready()
+
+    assert said == ["named", "loaded"]
+
+
 def test_without_a_folder_it_is_compiled(tmp_path):
     assert ready()(*arguments())["one"].tolist() == [1, 3, 5]
     assert not list(tmp_path.iterdir())

@@ -88,7 +88,8 @@ def test_a_sink_of_minus_infinity_takes_nothing():
         normal(1, 1, 1, 8, seed=1), key, index, None, None, np.float32([-np.inf]), softmax_scale=SCALE
     )
 
-    np.testing.assert_allclose(out[0, 0, 0], key[0, 0], rtol=4 * ULP)  # the whole weight is on the one key
+    # The whole weight is on the one key: an exponential of 0, a sum of one term, a product and a quotient.
+    np.testing.assert_allclose(out[0, 0, 0], key[0, 0], rtol=4 * ULP)
 
 
 @pytest.mark.parametrize("size", [1e3, 1e18], ids=["large logits", "huge logits"])

@@ -37,6 +37,7 @@ def test_swiglu_clamps_both_halves_and_weighs_before_the_down_projection(limit, 
 def test_swiglu_does_not_clamp_the_gate_from_below():
     out = swiglu(jnp.asarray([-2.0]), jnp.asarray([1.0]), limit=1.0, out_dtype=F32)
 
+    # As above.
     np.testing.assert_allclose(out, [-2 / (1 + math.exp(2))], rtol=32 * ULP)
 
 
@@ -46,6 +47,7 @@ def test_gate_scores_are_the_root_of_softplus_at_every_magnitude():
     scores = jax.jit(routing.gate_scores)(logits)
 
     expected = [math.sqrt(each if each > 50 else math.log1p(math.exp(each))) for each in logits[0].tolist()]
+    # An exponential, a logarithm and a root: a few half-ulps each, and the root halves those before it.
     np.testing.assert_allclose(scores[0], expected, rtol=32 * ULP)
 
 
@@ -67,6 +69,7 @@ def test_routing_weights_leave_the_bias_out_and_sum_to_the_scaling_factor():
 
     for row, chosen, found in zip(np.float64(scores), np.asarray(experts), weights, strict=True):
         assert set(chosen) == set(np.argsort(-(row + bias))[:6])
+        # A sum of six positive numbers, a quotient and a product: 8 half-ulps, twice that allowed.
         np.testing.assert_allclose(found, 2.5 * row[chosen] / row[chosen].sum(), rtol=16 * ULP)
     np.testing.assert_allclose(weights.sum(-1), 2.5, rtol=16 * ULP)
 
