@@ -61,5 +61,5 @@ def test_the_first_entry_leaves_the_absent_window_before_it_out():
         ratio=ratio,
         head_dim=head_dim,
     )
-    # Two averages, each as near to the exact one as above; in practice nearer.
+    # Half of what two averages may differ by that are each as near to the exact one as above.
     np.testing.assert_allclose(out, alone, rtol=0, atol=4 * 32 * ULP)
